@@ -1,0 +1,15 @@
+"""Two-Level Adaptive Learning with Error-Regulated Gradient, for Optax."""
+
+from ._apply import apply_updates as apply_updates
+from ._history import LossHistory as LossHistory
+from ._judge import Verdict as Verdict
+from ._lalerg import lalerg as lalerg
+from ._macro import ScaleByMacroRateState as ScaleByMacroRateState
+from ._macro import scale_by_macro_rate as scale_by_macro_rate
+from ._micro import ScaleByMicroRateState as ScaleByMicroRateState
+from ._micro import scale_by_micro_rate as scale_by_micro_rate
+from ._monitor import metrics as metrics
+from ._regulate import ErrorRegulateState as ErrorRegulateState
+from ._regulate import error_regulate as error_regulate
+
+__version__ = "0.1.0"

@@ -1,0 +1,105 @@
+"""Anchor: the copy of the params that a revert goes back to."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PyTree = Any
+
+
+class Audit(NamedTuple):
+    """What a look back from the current params to the anchor told.
+
+    Attributes:
+      is_taken: whether there was a look back at this step, bool scalar.
+      alignment: cosine between the fresh gradient and the way back to the anchor,
+        float32 scalar in [-1, 1]; 0 where ``is_taken`` is false. Positive: by the
+        light of a batch that they have not seen, the steps since the anchor led
+        downhill, and the slope goes on.
+    """
+
+    is_taken: jax.Array
+    alignment: jax.Array
+
+
+def copy_params(params: PyTree) -> PyTree:
+    """Returns a real copy of the params: an alias would break buffer donation."""
+    return jax.tree.map(jnp.copy, params)
+
+
+def _real_parts(tree: PyTree) -> Iterator[jax.Array]:
+    """Yields the leaves in float32, a complex one as its two parts."""
+    for leaf in jax.tree.leaves(tree):
+        if jnp.iscomplexobj(leaf):
+            yield from (leaf.real.astype(jnp.float32), leaf.imag.astype(jnp.float32))
+        else:
+            yield leaf.astype(jnp.float32)
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    """Returns the global l2 norm, accumulated in float32 whatever the dtypes."""
+    squares = [jnp.sum(jnp.square(x)) for x in _real_parts(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+
+
+def take_audit(
+    is_due: jax.Array,
+    grads: PyTree,
+    grad_norm: jax.Array,
+    anchor: PyTree,
+    params: PyTree,
+) -> Audit:
+    """Looks back at the anchor where that is due.
+
+    The alignment is ``<g, a - p> / (|g| |a - p|)`` for gradient ``g``, anchor ``a``
+    and params ``p``. There is nothing to be seen, and no audit, where the params
+    have not moved or anything is not finite.
+    """
+
+    def look_back() -> tuple[jax.Array, jax.Array]:
+        way_back = jax.tree.map(jnp.subtract, anchor, params)
+        products = [
+            jnp.sum(g * w)
+            for g, w in zip(_real_parts(grads), _real_parts(way_back), strict=True)
+        ]
+        total = sum(products, start=jnp.zeros((), jnp.float32))
+        cosine = total / (grad_norm * global_norm(way_back))
+        return jnp.isfinite(cosine), jnp.nan_to_num(cosine, nan=0.0)
+
+    def look_nowhere() -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((), jnp.bool_), jnp.zeros((), jnp.float32)
+
+    is_taken, alignment = lax.cond(is_due, look_back, look_nowhere)
+    return Audit(is_taken, jnp.where(is_taken, jnp.clip(alignment, -1.0, 1.0), 0.0))
+
+
+def refresh_anchor(
+    is_due: jax.Array, anchor: PyTree, params: PyTree, gate: jax.Array
+) -> tuple[PyTree, jax.Array]:
+    """Moves the anchor to the params where that is due; returns it and ``gate``.
+
+    An entry that is not finite never gets into the anchor. ``gate`` is the factor
+    of the updates, and comes out of the conditional on purpose: the copy then lies
+    before the in-place write of the params, and XLA needs no second one.
+    """
+
+    def move() -> tuple[PyTree, jax.Array]:
+        return (
+            jax.tree.map(lambda a, p: jnp.where(jnp.isfinite(p), p, a), anchor, params),
+            gate,
+        )
+
+    def keep() -> tuple[PyTree, jax.Array]:
+        return anchor, gate
+
+    # The branch that passes a buffer through has to be the false one: as the true
+    # one it costs a copy (https://github.com/jax-ml/jax/issues/39449).
+    return lax.cond(is_due, move, keep)
+
+
+def way_back(anchor: jax.Array, param: jax.Array) -> jax.Array:
+    """Returns the finite update that leads from a param to its anchor."""
+    return jnp.nan_to_num(anchor - param)

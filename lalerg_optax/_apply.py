@@ -1,0 +1,57 @@
+"""apply_updates: Optax's, and exact on a revert."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._judge import Verdict
+from ._monitor import find_states
+from ._regulate import ErrorRegulateState
+
+
+def apply_updates(
+    params: optax.Params, updates: optax.Updates, opt_state: optax.OptState
+) -> optax.Params:
+    """Applies updates like ``optax.apply_updates``; on a REVERT takes the anchor.
+
+    ``optax.apply_updates`` adds, and ``p + (a - p)`` is ``a`` up to rounding, never
+    for a ``p`` that is not finite. This function selects, so that params equal the
+    anchor bit for bit after a revert, even where a NaN or an infinity has got into
+    them. On other steps both do the same.
+
+    Args:
+      params: a tree of parameters.
+      updates: what ``update`` returned, a tree like the params.
+      opt_state: the state that the *same* call of ``update`` returned. Regulators
+        are found in it at any depth; one inside ``optax.masked`` or
+        ``optax.partition`` decides for its own parameters.
+
+    Returns:
+      The new params, with the shapes and dtypes of the old ones.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx = lo.error_regulate(optax.sgd(0.1))
+      >>> good = jnp.array([1.0, 2.0])
+      >>> state, params = tx.init(good), jnp.array([jnp.inf, 3e10])
+      >>> for _ in range(2):  # the loss of such params is not finite either
+      ...     updates, state = tx.update(params, state, params, value=jnp.inf)
+      ...     params = lo.apply_updates(params, updates, state)
+      >>> [float(p) for p in params]
+      [1.0, 2.0]
+    """
+    params = optax.apply_updates(params, updates)
+    for state in find_states(opt_state, ErrorRegulateState).values():
+        is_reverted = state.verdict == Verdict.REVERT
+
+        def select(a: jax.Array, p: optax.Params, pred: jax.Array = is_reverted):
+            is_elsewhere = isinstance(a, optax.MaskedNode)
+            return p if is_elsewhere else jnp.where(pred, a, p)
+
+        params = jax.tree.map(
+            select,
+            state.anchor,
+            params,
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        )
+    return params

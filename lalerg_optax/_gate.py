@@ -1,0 +1,32 @@
+"""Gate: whether a link of the chain may take a step in."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._anchor import global_norm
+from ._judge import Verdict
+
+
+def open_gate(
+    updates: optax.Updates,
+    verdict: jax.Array | None,
+    value: jax.Array | None = None,
+) -> tuple[jax.Array, optax.Updates]:
+    """Returns whether the step may be taken in, and updates that are safe to use.
+
+    Inside `error_regulate` its verdict decides, and it has set the updates of a
+    rejected step to zero already. A link that stands alone takes a step in when
+    ``value``, where there is one, and the squared norm of the updates are finite.
+    """
+    if verdict is not None:
+        return verdict == Verdict.ACCEPT, updates
+    is_open = jnp.isfinite(global_norm(updates))
+    if value is not None:
+        is_open &= jnp.isfinite(value)
+    return is_open, jax.tree.map(lambda u: jnp.where(is_open, u, 0), updates)
+
+
+def count_unless(is_open: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns the count, one higher where the gate was shut."""
+    return jnp.where(is_open, count, optax.safe_increment(count))

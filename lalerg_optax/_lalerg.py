@@ -1,0 +1,116 @@
+"""The assembled optimizer: nothing but chain and wrap."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from ._checks import check_range
+from ._macro import scale_by_macro_rate
+from ._micro import scale_by_micro_rate
+from ._regulate import error_regulate
+
+
+def lalerg(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    *,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    clip_norm: jax.typing.ArrayLike | None = None,
+    micro: optax.GradientTransformation | None = None,
+    search: bool = True,
+    threshold: jax.typing.ArrayLike = 6.0,
+    anchor_every: jax.typing.ArrayLike = 32,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Two-Level Adaptive Learning with Error-Regulated Gradient (2LALERG).
+
+    With the gradient :math:`g`, the rates :math:`\eta` (``learning_rate``),
+    :math:`r` (macro level), :math:`d` (damping) and the weight decay
+    :math:`\lambda`, an accepted step is
+
+    .. math::
+
+        p \leftarrow p - \eta \; r \; d \; (micro(g) + \lambda p)
+
+    and a rejected one is dropped or goes back to an earlier point. It is
+
+    ::
+
+        error_regulate(
+            optax.chain(
+                scale_by_micro_rate(b1, b2, eps),          # or ``micro``
+                optax.add_decayed_weights(weight_decay, mask),
+                scale_by_macro_rate(search=search),
+                optax.scale_by_learning_rate(learning_rate),
+            ),
+            audit=search,
+        )
+
+    With ``search=False`` and nothing to object to, it takes the steps of
+    ``optax.adamw`` with the same arguments.
+
+    Args:
+      learning_rate: a positive float or an Optax schedule. With ``search`` it need
+        not be right: the macro level multiplies it by a rate that it finds.
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment, at least 0.
+      weight_decay: decoupled weight decay, at least 0, as in ``optax.adamw``.
+      mask: which parameters to decay, as in ``optax.add_decayed_weights``.
+      clip_norm: if given, gradients are scaled down to this global norm.
+      micro: the second level, any Optax transformation without sign flip
+        (``optax.scale_by_rss()``, ``optax.scale_by_lion()``, ...); by default
+        ``scale_by_micro_rate(b1, b2, eps)``.
+      search: whether the macro level looks for the rate, up and down. If False it
+        never raises the rate above the user's.
+      threshold: see `error_regulate`.
+      anchor_every: see `error_regulate`.
+      axis_name: see `error_regulate`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the
+      keyword ``value``, the loss at the current params, and needs the params.
+
+    Raises:
+      ValueError: for a hyperparameter outside of its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx = lo.lalerg(1e-6)  # far too small, and it does not matter
+      >>> params = jnp.array([1.0, -2.0])
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+      ...     updates, state = tx.update(grads, state, params, value=loss)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(300):
+      ...     params, state = step(params, state)
+      >>> bool(jnp.all(jnp.abs(params) < 0.1))
+      True
+
+    References:
+      The only public description of 2LALERG is prose; the equations are this
+      package's own. See `error_regulate`, `scale_by_macro_rate` and
+      `scale_by_micro_rate` for what they descend from.
+    """
+    check_range("weight_decay", weight_decay, 0.0, float("inf"))
+    check_range("learning_rate", learning_rate, 0.0, float("inf"))
+    return error_regulate(
+        optax.chain(
+            scale_by_micro_rate(b1, b2, eps) if micro is None else micro,
+            optax.add_decayed_weights(weight_decay, mask),
+            scale_by_macro_rate(search=search),
+            optax.scale_by_learning_rate(learning_rate),
+        ),
+        threshold=threshold,
+        anchor_every=anchor_every,
+        clip_norm=clip_norm,
+        audit=search,
+        axis_name=axis_name,
+    )

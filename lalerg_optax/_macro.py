@@ -1,0 +1,297 @@
+"""Macro level: one rate for all parameters, from how the loss does over many steps."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._anchor import Audit
+from ._checks import check_range
+from ._gate import count_unless, open_gate
+from ._judge import Verdict
+
+_MAX_RATE = 2.0**40
+_ALIGNMENT_DECAY = 0.5
+_STANDARD_ERRORS = 2.0
+_LARGEST_LOSS = 1e16  # its square, times the length of a window, is a float32
+
+
+class ScaleByMacroRateState(NamedTuple):
+    """State of `scale_by_macro_rate`; all fields are scalars.
+
+    Attributes:
+      macro_rate: factor of the updates, in [2^-40, 2^40], float32.
+      macro_max_rate: what growth may not exceed, float32.
+      is_searching: whether the rate still grows by leaps, bool.
+      has_improved: whether an audit was ever good, bool.
+      is_reverting: whether the last verdict was REVERT, bool.
+      avg_alignment: exponential average of the alignment of audits, float32.
+      best_alignment: the largest ``avg_alignment``, float32.
+      window_count: accepted steps since the last audit, int32.
+      window_mean: mean of their losses, float32.
+      window_sum_of_squares: of the deviations from that mean, float32.
+      last_window_mean: the mean of the window before, float32.
+      best_window_mean: the lowest mean of a whole window, float32.
+      num_windows: number of windows that are complete, int32.
+      num_macro_held: number of steps that left the rate as it was because the
+        verdict or a number that is not finite said so, int32.
+    """
+
+    macro_rate: jax.Array
+    macro_max_rate: jax.Array
+    is_searching: jax.Array
+    has_improved: jax.Array
+    is_reverting: jax.Array
+    avg_alignment: jax.Array
+    best_alignment: jax.Array
+    window_count: jax.Array
+    window_mean: jax.Array
+    window_sum_of_squares: jax.Array
+    last_window_mean: jax.Array
+    best_window_mean: jax.Array
+    num_windows: jax.Array
+    num_macro_held: jax.Array
+
+
+def scale_by_macro_rate(
+    *,
+    search: bool = True,
+    growth_factor: jax.typing.ArrayLike = 2.0,
+    backoff_factor: jax.typing.ArrayLike = 0.5,
+    slow_growth_factor: jax.typing.ArrayLike = 1.05,
+    max_slow_growth: jax.typing.ArrayLike = 8.0,
+    good_alignment: jax.typing.ArrayLike = 0.25,
+    audit_every: jax.typing.ArrayLike = 16,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales all updates by one rate that follows how the loss does (first level).
+
+    The rate :math:`r` is a number without unit that starts at 1 and multiplies the
+    updates: chain ``optax.scale_by_learning_rate(learning_rate)`` behind it. From
+    time to time an *audit* tells whether the steps since the last one were good, and
+
+    .. math::
+
+        r \leftarrow \begin{cases}
+            \min(growth \cdot r,\; r_{max}) & \text{good, still searching} \\
+            \min(slow\_growth \cdot r,\; r_{max})
+                & \text{search is over, mean loss of the window is the best so far} \\
+            backoff \cdot r     & \text{bad, or a REVERT, after a good audit} \\
+            backoff^2 \cdot r   & \text{bad, or a REVERT, before any good audit}
+        \end{cases}
+
+    Being bad after a good audit ends the search, and so does reaching
+    :math:`r_{max}`; then :math:`r_{max} = max\_slow\_growth \cdot r`. Being bad
+    before a good audit sets :math:`r_{max} = r / growth`, with the rate that was too
+    high.
+
+    Inside ``error_regulate(..., audit=True)`` the regulator takes the audits. With
+    :math:`c` the average (decay 0.5) of the alignments that it reports (the cosine
+    between a fresh gradient and the way back to the anchor), an audit is good while
+    :math:`c > good\_alignment \cdot \max c`. Bad before any good one is a REVERT.
+
+    Alone, an audit falls due every ``audit_every`` accepted steps and compares the
+    mean loss of this window with that of the last one: good if it fell by more than
+    2 standard errors; otherwise bad if there was a good audit before, or if it rose
+    by more than 2 standard errors. While nothing has been said yet, the rate grows.
+
+    A step that is not accepted, or alone one with a loss or an update that is not
+    finite, gives a zero update and leaves the state as it was.
+
+    Args:
+      search: whether to look for the rate by leaps; if False, the rate only ever
+        comes down from 1, and goes back up to it.
+      growth_factor: leap of the search, at least 1.
+      backoff_factor: cut, in (0, 1].
+      slow_growth_factor: growth once the search is over, at least 1.
+      max_slow_growth: bound of all slow growth together, at least 1.
+      good_alignment: what counts as good, as a share of the best, in [0, 1).
+      audit_every: accepted steps in a window when standing alone, at least 2.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the
+      keyword ``value``, a scalar loss or None. With None and without a regulator
+      the rate stays as it is. Updates keep their dtypes.
+
+    Raises:
+      ValueError: for a hyperparameter outside of its range.
+
+    Example:
+      >>> import jax.numpy as jnp, lalerg_optax as lo
+      >>> tx = lo.scale_by_macro_rate(audit_every=2)
+      >>> updates = jnp.array([1.0])
+      >>> state = tx.init(updates)
+      >>> for loss in (8.0, 8.0, 4.0, 4.0):
+      ...     _, state = tx.update(updates, state, value=loss)
+      >>> float(state.macro_rate)
+      2.0
+
+    References:
+      The bold driver (Battiti, 1989), delta-bar-delta (Jacobs, 1988), the learning
+      rate range test (Smith, 2017) and TCP's slow start (Jacobson, 1988) grow while
+      all goes well and back off when not. Doubling and halving until a step is
+      reasonable is how the No-U-Turn sampler starts (Hoffman and Gelman, 2014).
+    """
+    check_range("growth_factor", growth_factor, 1.0, float("inf"))
+    check_range("backoff_factor", backoff_factor, 0.0, 1.0, low_open=True)
+    check_range("slow_growth_factor", slow_growth_factor, 1.0, float("inf"))
+    check_range("max_slow_growth", max_slow_growth, 1.0, float("inf"))
+    check_range("good_alignment", good_alignment, 0.0, 1.0, high_open=True)
+    check_range("audit_every", audit_every, 2, float("inf"))
+
+    def init_fn(params: optax.Params) -> ScaleByMacroRateState:
+        del params
+        zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+        return ScaleByMacroRateState(
+            macro_rate=jnp.ones((), jnp.float32),
+            macro_max_rate=jnp.asarray(_MAX_RATE if search else 1.0, jnp.float32),
+            is_searching=jnp.asarray(search, jnp.bool_),
+            has_improved=jnp.asarray(not search, jnp.bool_),
+            is_reverting=jnp.zeros((), jnp.bool_),
+            avg_alignment=zero,
+            best_alignment=zero,
+            window_count=none,
+            window_mean=zero,
+            window_sum_of_squares=zero,
+            last_window_mean=zero,
+            best_window_mean=zero,
+            num_windows=none,
+            num_macro_held=none,
+        )
+
+    def observe(state: ScaleByMacroRateState, loss: jax.Array) -> ScaleByMacroRateState:
+        """Adds a loss to the window (Welford's sums)."""
+        count = state.window_count + 1
+        mean = state.window_mean + (loss - state.window_mean) / count
+        return state._replace(
+            window_count=count,
+            window_mean=mean,
+            window_sum_of_squares=state.window_sum_of_squares
+            + (loss - state.window_mean) * (loss - mean),
+        )
+
+    def audit_window(state: ScaleByMacroRateState) -> tuple[jax.Array, jax.Array]:
+        """Returns whether the window was good, and whether it was bad."""
+        n = state.window_count.astype(jnp.float32)
+        variance = state.window_sum_of_squares / jnp.maximum(n - 1.0, 1.0)
+        margin = _STANDARD_ERRORS * jnp.sqrt(variance / jnp.maximum(n, 1.0))
+        rise = state.window_mean - state.last_window_mean
+        is_known = state.num_windows > 0
+        is_good = is_known & (rise < -margin)
+        is_bad = jnp.where(state.has_improved, ~is_good, rise > margin)
+        return is_good, is_bad & is_known
+
+    def audit_alignment(
+        state: ScaleByMacroRateState, alignment: jax.Array
+    ) -> tuple[jax.Array, jax.Array, ScaleByMacroRateState]:
+        """Returns whether the audit was good, whether it was bad, and the state."""
+        average = jnp.where(
+            state.has_improved,
+            _ALIGNMENT_DECAY * state.avg_alignment + (1 - _ALIGNMENT_DECAY) * alignment,
+            alignment,
+        )
+        best = jnp.maximum(state.best_alignment, average)
+        is_good = average > good_alignment * best
+        return (
+            is_good,
+            ~is_good,
+            state._replace(avg_alignment=average, best_alignment=best),
+        )
+
+    def adapt(
+        state: ScaleByMacroRateState,
+        is_audited: jax.Array,
+        is_good: jax.Array,
+        is_bad: jax.Array,
+        is_best: jax.Array,
+    ) -> ScaleByMacroRateState:
+        """Applies the rule of the docstring."""
+        rate, max_rate = state.macro_rate, state.macro_max_rate
+        leap = jnp.minimum(rate * growth_factor, max_rate)
+        crawl = jnp.minimum(rate * slow_growth_factor, max_rate)
+        grown = jnp.where(state.is_searching, leap, jnp.where(is_best, crawl, rate))
+        cut = jnp.where(state.has_improved, backoff_factor, backoff_factor**2)
+        new_rate = jnp.where(is_bad, rate * cut, jnp.where(is_audited, grown, rate))
+        new_rate = jnp.clip(new_rate, 1.0 / _MAX_RATE, _MAX_RATE)
+        is_ended = state.is_searching & jnp.where(
+            is_bad, state.has_improved, is_audited & (grown >= max_rate)
+        )
+        new_max_rate = jnp.where(
+            is_ended,
+            new_rate * max_slow_growth,
+            jnp.where(is_bad & ~state.has_improved, rate / growth_factor, max_rate),
+        )
+        return state._replace(
+            macro_rate=new_rate,
+            macro_max_rate=jnp.clip(new_max_rate, 1.0 / _MAX_RATE, _MAX_RATE),
+            is_searching=state.is_searching & ~is_ended,
+            has_improved=state.has_improved | is_good,
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByMacroRateState,
+        params: optax.Params | None = None,
+        *,
+        value: jax.typing.ArrayLike | None,
+        verdict: jax.Array | None = None,
+        audit: Audit | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByMacroRateState]:
+        del params, extra_args
+        loss = jnp.zeros((), jnp.float32)
+        if value is not None:
+            loss = jnp.asarray(value, jnp.float32)
+        is_open, updates = open_gate(updates, verdict, loss)
+        is_reverted = jnp.zeros((), jnp.bool_)
+        if verdict is not None:
+            is_reverted = verdict == Verdict.REVERT
+
+        seen = observe(state, jnp.clip(loss, -_LARGEST_LOSS, _LARGEST_LOSS))
+        is_known = jnp.ones((), jnp.bool_)
+        if audit is not None:
+            is_audited = audit.is_taken & is_open
+            is_good, is_bad, audited = audit_alignment(seen, audit.alignment)
+        else:
+            is_audited = is_open & (seen.window_count >= audit_every)
+            if value is None:
+                is_audited = jnp.zeros((), jnp.bool_)
+            is_known = seen.num_windows > 0
+            is_good, is_bad = audit_window(seen)
+            audited = seen
+        is_best = (seen.window_mean < seen.best_window_mean) | (seen.num_windows == 0)
+        if value is None:
+            is_best = jnp.zeros((), jnp.bool_)
+        audited = audited._replace(
+            window_count=jnp.zeros((), jnp.int32),
+            window_mean=jnp.zeros((), jnp.float32),
+            window_sum_of_squares=jnp.zeros((), jnp.float32),
+            last_window_mean=seen.window_mean,
+            best_window_mean=jnp.where(
+                is_best, seen.window_mean, seen.best_window_mean
+            ),
+            num_windows=optax.safe_increment(seen.num_windows),
+        )
+
+        def choose(pred: jax.Array, new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(pred, n, o), new, old)
+
+        new_state = choose(is_audited, audited, choose(is_open, seen, state))
+        # A revert lasts two steps, and is one piece of news.
+        is_news = is_reverted & ~state.is_reverting
+        new_state = adapt(
+            new_state,
+            is_audited & is_known,
+            is_audited & is_good,
+            is_news | (is_audited & is_bad & state.is_searching),
+            is_best,
+        )._replace(
+            is_reverting=is_reverted,
+            num_macro_held=count_unless(is_open, state.num_macro_held),
+        )
+        scaled = jax.tree.map(
+            lambda u: (new_state.macro_rate * u).astype(u.dtype), updates
+        )
+        return scaled, new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

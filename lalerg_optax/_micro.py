@@ -1,0 +1,139 @@
+"""Micro level: a rate for every parameter entry, from its own gradients."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._checks import check_range
+from ._gate import count_unless, open_gate
+
+
+class ScaleByMicroRateState(NamedTuple):
+    """State of `scale_by_micro_rate`.
+
+    Attributes:
+      micro_count: number of gradients taken in, int32, shape ``()``.
+      num_micro_held: number of steps that left the moments as they were because
+        the verdict or a number that is not finite said so, int32, shape ``()``.
+      mu: exponential average of the gradients, a tree like the params.
+      nu: exponential average of their squared magnitudes, likewise; real.
+    """
+
+    micro_count: jax.Array
+    num_micro_held: jax.Array
+    mu: optax.Updates
+    nu: optax.Updates
+
+
+def scale_by_micro_rate(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    *,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales every entry of the gradient by a rate of its own (second level).
+
+    With gradient :math:`g_t` and :math:`t` the number of gradients taken in,
+
+    .. math::
+
+        \mu_t &= b_1 \mu_{t-1} + (1 - b_1) g_t \\
+        \nu_t &= b_2 \nu_{t-1} + (1 - b_2) |g_t|^2 \\
+        u_t &= \frac{\mu_t / (1 - b_1^t)}
+                    {\sqrt{\nu_t / (1 - b_2^t) + eps_{root}} + eps}
+
+    which is Adam's rule. What is added to it is the gate: a step that is not
+    accepted leaves :math:`\mu`, :math:`\nu` and :math:`t` bit for bit as they were
+    and gives a zero update. Inside `error_regulate` the regulator's verdict is the
+    gate. Alone, the gate is whether the squared global norm of the gradient is
+    finite in float32, so that no NaN, infinity or overflow ever gets into the state.
+
+    Args:
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root, at least 0.
+      eps_root: added under the root, at least 0.
+      mu_dtype: dtype of ``mu``; by default that of the params. ``nu`` has the
+        params' real dtype.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``; ``update`` takes the optional
+      extra argument ``verdict``. Updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: for a hyperparameter outside of its range.
+
+    Example:
+      >>> import jax.numpy as jnp, lalerg_optax as lo
+      >>> tx = lo.scale_by_micro_rate()
+      >>> params = jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jnp.array([0.5, -3.0]), state)
+      >>> [round(float(u), 3) for u in updates]
+      [1.0, -1.0]
+      >>> updates, state = tx.update(jnp.array([jnp.nan, 1.0]), state)
+      >>> [float(u) for u in updates], int(state.num_micro_held)
+      ([0.0, 0.0], 1)
+
+    References:
+      Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014; earlier
+      rules of the kind are AdaGrad (Duchi et al., 2011), RMSProp (Tieleman and
+      Hinton, 2012) and AdaDelta (Zeiler, 2012).
+    """
+    check_range("b1", b1, 0.0, 1.0, high_open=True)
+    check_range("b2", b2, 0.0, 1.0, high_open=True)
+    check_range("eps", eps, 0.0, float("inf"))
+    check_range("eps_root", eps_root, 0.0, float("inf"))
+
+    def init_fn(params: optax.Params) -> ScaleByMicroRateState:
+        return ScaleByMicroRateState(
+            micro_count=jnp.zeros((), jnp.int32),
+            num_micro_held=jnp.zeros((), jnp.int32),
+            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+            nu=jax.tree.map(lambda p: jnp.zeros_like(jnp.real(p)), params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByMicroRateState,
+        params: optax.Params | None = None,
+        *,
+        verdict: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByMicroRateState]:
+        del params, extra_args
+        is_open, updates = open_gate(updates, verdict)
+        # Decays that become "keep", with a gradient that is zero: selecting the old
+        # state afterwards would keep old and new alive, and cost a copy.
+        keep1, add1 = jnp.where(is_open, b1, 1.0), jnp.where(is_open, 1.0 - b1, 0.0)
+        keep2, add2 = jnp.where(is_open, b2, 1.0), jnp.where(is_open, 1.0 - b2, 0.0)
+        count = count_unless(~is_open, state.micro_count)
+        mu = jax.tree.map(
+            lambda g, m: (add1 * g + keep1 * m).astype(m.dtype), updates, state.mu
+        )
+        nu = jax.tree.map(
+            lambda g, n: (add2 * jnp.real(g * jnp.conj(g)) + keep2 * n).astype(n.dtype),
+            updates,
+            state.nu,
+        )
+        t = jnp.maximum(count, 1).astype(jnp.float32)
+        correction1, correction2 = 1.0 - b1**t, 1.0 - b2**t
+
+        def scaled(g: jax.Array, m: jax.Array, n: jax.Array) -> jax.Array:
+            root = jnp.sqrt(n / correction2 + eps_root) + eps
+            # where, not a factor: with eps = 0 an entry without gradients is 0 / 0
+            is_known = is_open & (root > 0)
+            return jnp.where(is_known, m / correction1 / root, 0).astype(g.dtype)
+
+        return jax.tree.map(scaled, updates, mu, nu), ScaleByMicroRateState(
+            micro_count=count,
+            num_micro_held=count_unless(is_open, state.num_micro_held),
+            mu=mu,
+            nu=nu,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

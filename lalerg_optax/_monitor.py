@@ -1,0 +1,116 @@
+"""Monitoring: what was decided, and why, read from the optimizer's state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._macro import ScaleByMacroRateState
+from ._micro import ScaleByMicroRateState
+from ._regulate import ErrorRegulateState
+
+_REGULATOR_FIELDS = (
+    "verdict",
+    "scaled_error",
+    "scaled_norm_error",
+    "scaled_drift",
+    "grad_norm",
+    "alignment",
+    "damping",
+    "num_accepted",
+    "num_skipped",
+    "num_reverted",
+    "num_audits_passed",
+    "anchor_age",
+)
+
+
+def find_states(opt_state: Any, kind: type) -> dict[str, Any]:
+    """Returns all states of a kind at any depth, by the labels on the way there."""
+    found = jax.tree_util.tree_leaves_with_path(
+        opt_state, is_leaf=lambda node: isinstance(node, kind)
+    )
+    return {_labels(path): node for path, node in found if isinstance(node, kind)}
+
+
+def _labels(path: tuple[Any, ...]) -> str:
+    """Returns the dict keys and positions of a path, without the field names."""
+    keys = (k for k in path if not isinstance(k, jax.tree_util.GetAttrKey))
+    return "".join(jax.tree_util.keystr((k,), simple=True) + "/" for k in keys)
+
+
+def _read(states: dict[str, Any], fields: tuple[str, ...]) -> dict[str, jax.Array]:
+    """Reads fields; a label leads the name only where there are several states."""
+    return {
+        (label if len(states) > 1 else "") + field: getattr(state, field)
+        for label, state in states.items()
+        for field in fields
+    }
+
+
+def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
+    """Returns what was decided at the last step, and why, as a flat dict of scalars.
+
+    A pure function of the optimizer's state, usable inside ``jit``. The states are
+    found at any depth: in chains, ``masked``, ``partition``, ``MultiSteps``,
+    ``inject_hyperparams`` and in the ``opt_state`` of ``nnx.Optimizer``. Where there
+    are several regulators (one for each group of ``partition``, say), the name of
+    the group leads the key: ``"encoder/verdict"``.
+
+    ======================  ========================================================
+    key                     meaning
+    ======================  ========================================================
+    verdict                 0 ACCEPT, 1 SKIP, 2 REVERT (int32)
+    scaled_error            rise of the loss in units of what is tolerated
+    scaled_norm_error       the same of the logarithm of the gradient norm
+    scaled_drift            the same of the average loss
+    macro_rate              factor of the macro level (1 where there is none)
+    damping                 factor that a revert cuts and time restores, at most 1
+    num_accepted            steps accepted (int32)
+    num_skipped             steps skipped (int32)
+    num_reverted            steps spent on reverts, two each (int32)
+    avg_value               average of the accepted losses, decay 0.95
+    best_value              the lowest average, fading over 1024 steps
+    grad_norm               global norm of the gradient before clipping
+    alignment               cosine told by the last audit
+    num_audits_passed       audits with a positive alignment (int32)
+    anchor_age              accepted steps since the anchor was set (int32)
+    num_macro_held          steps at which the macro level kept its state (int32)
+    num_micro_held          steps at which the micro level kept its state (int32)
+    ======================  ========================================================
+
+    All others are float32. Values that are not finite show as 1e37.
+
+    Args:
+      opt_state: the state of an optimizer with a part of this package in it.
+
+    Returns:
+      The dict; only ``macro_rate`` is filled in where its part is not there.
+
+    Raises:
+      ValueError: if no part of this package is found in the state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx = lo.error_regulate(optax.adam(1e-3))
+      >>> report = lo.metrics(tx.init(jnp.zeros(3)))
+      >>> lo.Verdict(int(report["verdict"])).name, float(report["damping"])
+      ('ACCEPT', 1.0)
+    """
+    regulators = find_states(opt_state, ErrorRegulateState)
+    macros = find_states(opt_state, ScaleByMacroRateState)
+    micros = find_states(opt_state, ScaleByMicroRateState)
+    if not (regulators or macros or micros):
+        raise ValueError(
+            "opt_state has no state of error_regulate, scale_by_macro_rate or "
+            "scale_by_micro_rate in it."
+        )
+    judges = {label: state.judge_state for label, state in regulators.items()}
+    return {
+        "macro_rate": jnp.ones((), jnp.float32),
+        **_read(regulators, _REGULATOR_FIELDS),
+        **_read(judges, ("avg_value", "best_value")),
+        **_read(macros, ("macro_rate", "num_macro_held")),
+        **_read(micros, ("num_micro_held",)),
+    }

@@ -1,0 +1,352 @@
+"""Error regulation: judge every step; accept, skip or revert it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from ._anchor import (
+    copy_params,
+    global_norm,
+    refresh_anchor,
+    take_audit,
+    way_back,
+)
+from ._checks import check_range
+from ._gate import count_unless
+from ._judge import LARGEST, JudgeState, Verdict, init_judge, judge
+
+_MIN_ANCHOR_EVERY = 4  # steps: early in a run, params and rates change fast
+_HEALTHY = 0.5  # errors below half of what is tolerated: fit to be gone back to
+_MIN_DAMPING = 2.0**-10
+_OWN_EXTRA_ARGS = ("verdict", "audit")  # those of an outer regulator stay outside
+
+
+class ErrorRegulateState(NamedTuple):
+    """State of `error_regulate`. Every number in it is finite at all times.
+
+    Told anew by every step:
+
+    Attributes:
+      verdict: the last `Verdict`, int32.
+      scaled_error: rise of the loss in units of what is tolerated, float32.
+      scaled_norm_error: the same of the logarithm of the gradient norm, float32.
+      scaled_drift: the same of the average of the losses, float32.
+      grad_norm: global norm of the gradient before clipping, float32.
+      alignment: what the last audit told, in [-1, 1], float32.
+      damping: factor of the updates, in [2^-10, 1], float32.
+      num_accepted: number of steps accepted, int32.
+      num_skipped: number of steps skipped, int32.
+      num_reverted: number of steps spent on reverts (two each), int32.
+      num_audits_passed: number of audits with a positive alignment, int32.
+      anchor_age: accepted steps since the anchor was set, int32.
+
+    Carried:
+
+    Attributes:
+      judge_state: histories and averages.
+      anchor: the params that a revert goes back to, a tree like the params.
+      inner_state: the state of the wrapped transformation.
+    """
+
+    verdict: jax.Array
+    scaled_error: jax.Array
+    scaled_norm_error: jax.Array
+    scaled_drift: jax.Array
+    grad_norm: jax.Array
+    alignment: jax.Array
+    damping: jax.Array
+    num_accepted: jax.Array
+    num_skipped: jax.Array
+    num_reverted: jax.Array
+    num_audits_passed: jax.Array
+    anchor_age: jax.Array
+    judge_state: JudgeState
+    anchor: optax.Params
+    inner_state: optax.OptState
+
+
+def error_regulate(
+    inner: optax.GradientTransformation | None = None,
+    *,
+    threshold: jax.typing.ArrayLike = 6.0,
+    progress_fraction: jax.typing.ArrayLike = 0.1,
+    patience: jax.typing.ArrayLike = 32,
+    anchor_every: jax.typing.ArrayLike = 32,
+    backoff_factor: jax.typing.ArrayLike = 0.5,
+    recovery_steps: jax.typing.ArrayLike = 64,
+    clip_norm: jax.typing.ArrayLike | None = None,
+    audit: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Accepts, skips or reverts every step by what it did to the loss.
+
+    Optax hands over ``value``, the loss :math:`L_t` at the *current* params, so that
+    the update of one step is judged at the next one, on another batch.
+
+    **Errors.** Let :math:`m` and :math:`s` be the median and the upper spread
+    (`LossHistory.centre_and_spread`) of the last 128 losses, :math:`m^g` and
+    :math:`s^g` those of the logarithms of the gradient norm, :math:`L_1` the first
+    loss, :math:`\bar L` the average of the accepted losses (decay 0.95),
+    :math:`\bar L^*` its best, and :math:`d` the average of
+    :math:`|L - \bar L|` (decay 0.99). Each error is a rise in units of what is
+    tolerated; 1 is the threshold:
+
+    .. math::
+
+        e_{loss}  &= \frac{L_t - m}{\max(k s,\; \varphi (L_1 - m),\; 10^{-5} |m|)} \\
+        e_{norm}  &= \frac{\log |g_t| - m^g}{\max(k s^g,\; \log 4)} \\
+        e_{drift} &= \frac{\bar L - \bar L^*}
+                          {\max(4 d,\; (L_1 - \bar L^*) / 2,\; 10^{-5} |\bar L^*|)}
+
+    with :math:`k` = ``threshold`` and :math:`\varphi` = ``progress_fraction``. A
+    loss or norm that is not finite has an infinite error. The first two are 0 until
+    16 values are known, the third until 128 are. A norm of 0 has no error.
+
+    **Verdict.** An *outlier* has :math:`\max(e_{loss}, e_{norm}) > 1`.
+
+    * ``ACCEPT``, no outlier and no drift: the update of ``inner`` times the damping.
+    * ``SKIP``, the first outlier in a row, which may be a bad batch, and those that
+      follow a revert: update zero, params stay.
+    * ``REVERT``, the second outlier in a row, or :math:`e_{drift} > 1`: params go
+      back to the anchor, with the update :math:`a - p`, on this step and on the
+      next. The damping is multiplied by ``backoff_factor``; it recovers from one
+      such cut over ``recovery_steps`` accepted steps.
+
+    A rejected loss or norm enters its window as the largest value that was
+    tolerated, so that the window follows a level that is there to stay. After
+    ``patience`` finite steps rejected in a row the windows start anew and the step
+    is accepted: at most ``patience + 1`` finite steps are rejected in a row, whatever
+    the losses.
+
+    **Anchor.** A copy of the params, moved to the current ones when the step is
+    accepted, all errors are below 1/2, and a number of accepted steps has passed
+    since the last time: an eighth of all of them, at least 4 and at most
+    ``anchor_every``.
+
+    **Exactness.** ``p + (a - p)`` is ``a`` up to rounding; given twice it is ``a``
+    bit for bit, unless ``p`` is not finite. `apply_updates` gives ``a`` at once in
+    every case.
+
+    Two forms. *Nested*, ``error_regulate(inner)``: ``inner`` sees a zero gradient, a
+    ``value`` that is always usable, and the verdict (extra argument ``verdict``);
+    links of this package then keep their state. *Flat*, ``error_regulate()`` at the
+    end of a chain: the incoming updates are no gradients and their size follows the
+    schedule, so only the loss is judged, and whether the updates are finite.
+
+    Scale invariant in the loss. Shift invariant as long as the noise of the loss is
+    above 1e-5 of its level.
+
+    Args:
+      inner: the transformation to protect; None for the flat form.
+      threshold: tolerated rise in units of the upper spread, above 0. Taken from
+        the skip-step rules of MaxText, levanter and OLMo (6 standard deviations).
+      progress_fraction: tolerated rise of the loss in units of the progress since
+        the first loss, at least 0.
+      patience: finite steps that may be rejected in a row, at least 4.
+      anchor_every: accepted steps between two anchors, at least 1.
+      backoff_factor: cut of the damping at a revert, in (0, 1].
+      recovery_steps: accepted steps in which one cut is made good, above 0.
+      clip_norm: if given, gradients are scaled down to this global norm, above 0;
+        the norm is judged before.
+      audit: whether to look back at the anchor before moving it, and to tell
+        ``inner`` (extra argument ``audit``) whether the steps since then led
+        downhill. Until that was so for the first time, its contrary is an error as
+        well: the learning rate is too high from the start, and params REVERT.
+      axis_name: name of the mapped axes (``shard_map``, ``pmap``) over which value
+        and norm are averaged, so that all devices decide alike. Not needed under
+        plain ``jit`` with sharded arrays.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the
+      keyword ``value``: a scalar, the mean loss at the current params, or None to
+      judge by gradient norm alone. Updates have the dtypes of the params.
+
+    Raises:
+      ValueError: for a hyperparameter outside of its range; in ``update`` when
+        params are missing or ``value`` is no scalar.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx = lo.error_regulate(optax.sgd(0.1))
+      >>> params = jnp.array([1.0, -2.0])
+      >>> state = tx.init(params)
+      >>> loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+      >>> updates, state = tx.update(grads, state, params, value=loss)
+      >>> [round(float(u), 3) for u in updates], int(state.verdict)
+      ([-0.2, 0.4], 0)
+      >>> updates, state = tx.update(grads, state, params, value=jnp.nan)
+      >>> [float(u) for u in updates], int(state.verdict)
+      ([0.0, 0.0], 1)
+
+    References:
+      Chowdhery et al., `PaLM <https://arxiv.org/abs/2204.02311>`_, 2022, section
+      5.1, restarts from a checkpoint and skips batches by hand. Rejecting and
+      retrying with a smaller step is the rule of trust regions (Conn, Gould and
+      Toint, 2000), of error-controlled ODE solvers (Hairer, Norsett and Wanner,
+      1993), and of Rprop with weight backtracking (Riedmiller and Braun, 1993).
+    """
+    check_range("threshold", threshold, 0.0, float("inf"), low_open=True)
+    check_range("progress_fraction", progress_fraction, 0.0, float("inf"))
+    check_range("patience", patience, 4, float("inf"))
+    check_range("anchor_every", anchor_every, 1, float("inf"))
+    check_range("backoff_factor", backoff_factor, 0.0, 1.0, low_open=True)
+    check_range("recovery_steps", recovery_steps, 0.0, float("inf"), low_open=True)
+    if clip_norm is not None:
+        check_range("clip_norm", clip_norm, 0.0, float("inf"), low_open=True)
+    is_flat = inner is None
+    if is_flat and audit:
+        raise ValueError("audit needs the gradient, which the flat form does not see.")
+    chained = optax.with_extra_args_support(optax.identity() if is_flat else inner)
+
+    def init_fn(params: optax.Params) -> ErrorRegulateState:
+        zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+        return ErrorRegulateState(
+            verdict=none,
+            scaled_error=zero,
+            scaled_norm_error=zero,
+            scaled_drift=zero,
+            grad_norm=zero,
+            alignment=zero,
+            damping=jnp.ones((), jnp.float32),
+            num_accepted=none,
+            num_skipped=none,
+            num_reverted=none,
+            num_audits_passed=none,
+            anchor_age=none,
+            judge_state=init_judge(),
+            anchor=copy_params(params),
+            inner_state=chained.init(params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ErrorRegulateState,
+        params: optax.Params | None = None,
+        *,
+        value: jax.typing.ArrayLike | None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ErrorRegulateState]:
+        if params is None:
+            raise ValueError(
+                "error_regulate needs the params: call update(grads, state, params, "
+                "value=loss)."
+            )
+        extra_args = {k: v for k, v in extra_args.items() if k not in _OWN_EXTRA_ARGS}
+
+        # Measure: scalars only.
+        grad_norm = global_norm(updates)
+        if value is not None:
+            if jnp.shape(value):
+                raise ValueError(
+                    "value must be a scalar, the mean loss of the batch, got shape "
+                    f"{jnp.shape(value)}."
+                )
+            value = jnp.asarray(value, jnp.float32)
+        if axis_name is not None:
+            value, grad_norm = lax.pmean((value, grad_norm), axis_name)
+        is_due = state.anchor_age >= jnp.minimum(
+            jnp.maximum(state.num_accepted // 8, _MIN_ANCHOR_EVERY), anchor_every
+        )
+        report = None
+        is_failed = jnp.zeros((), jnp.bool_)
+        if audit:
+            report = take_audit(is_due, updates, grad_norm, state.anchor, params)
+            is_failed = report.is_taken & (report.alignment <= 0.0)
+            is_failed &= state.num_audits_passed == 0
+
+        # Judge.
+        judgement, judge_state = judge(
+            state.judge_state,
+            value,
+            grad_norm,
+            norm_is_judged=not is_flat or value is None,
+            failed_audit=is_failed,
+            threshold=threshold,
+            progress_fraction=progress_fraction,
+            patience=patience,
+        )
+        verdict = judgement.verdict
+        is_accepted = verdict == Verdict.ACCEPT
+        is_reverted = verdict == Verdict.REVERT
+        if report is not None:
+            report = report._replace(is_taken=report.is_taken & is_accepted)
+
+        # Inner: sees nothing of a rejected batch.
+        clipped = updates
+        if clip_norm is not None:
+            scale = clip_norm / jnp.maximum(grad_norm, clip_norm)
+            clipped = jax.tree.map(lambda g: (scale * g).astype(g.dtype), updates)
+        grads = jax.tree.map(lambda g: jnp.where(is_accepted, g, 0), clipped)
+        usable_value = (
+            None
+            if value is None
+            else jnp.where(is_accepted, value, judge_state.avg_value)
+        )
+        inner_updates, inner_state = chained.update(
+            grads,
+            state.inner_state,
+            params,
+            value=usable_value,
+            verdict=verdict,
+            audit=report,
+            **extra_args,
+        )
+
+        # Act.
+        damping = lax.switch(
+            verdict,
+            (
+                lambda d: jnp.minimum(d * backoff_factor ** (-1 / recovery_steps), 1.0),
+                lambda d: d,
+                lambda d: jnp.where(
+                    judgement.is_new_revert,
+                    jnp.maximum(d * backoff_factor, _MIN_DAMPING),
+                    d,
+                ),
+            ),
+            state.damping,
+        )
+        errors = (
+            judgement.scaled_error,
+            judgement.scaled_norm_error,
+            judgement.scaled_drift,
+        )
+        is_healthy = jnp.max(jnp.stack(errors)) < _HEALTHY
+        is_moved = is_due & is_accepted & is_healthy
+        anchor, gate = refresh_anchor(is_moved, state.anchor, params, damping)
+
+        def act(p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
+            damped = (gate * u).astype(p.dtype)
+            step = jnp.where(is_accepted & jnp.isfinite(p + damped), damped, 0)
+            return jnp.where(is_reverted, way_back(a, p), step)
+
+        return jax.tree.map(act, params, inner_updates, anchor), ErrorRegulateState(
+            verdict=verdict,
+            scaled_error=judgement.scaled_error,
+            scaled_norm_error=judgement.scaled_norm_error,
+            scaled_drift=judgement.scaled_drift,
+            grad_norm=jnp.nan_to_num(grad_norm, nan=LARGEST, posinf=LARGEST),
+            alignment=state.alignment
+            if report is None
+            else jnp.where(report.is_taken, report.alignment, state.alignment),
+            damping=damping,
+            num_accepted=count_unless(~is_accepted, state.num_accepted),
+            num_skipped=count_unless(is_accepted | is_reverted, state.num_skipped),
+            num_reverted=count_unless(~is_reverted, state.num_reverted),
+            num_audits_passed=state.num_audits_passed
+            if report is None
+            else count_unless(
+                ~(report.is_taken & (report.alignment > 0.0)), state.num_audits_passed
+            ),
+            anchor_age=jnp.where(
+                is_moved | is_reverted, 0, count_unless(~is_accepted, state.anchor_age)
+            ),
+            judge_state=judge_state,
+            anchor=anchor,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,59 @@
+"""Flax: linen's TrainState that hands the loss on to the optimizer.
+
+``flax.nnx.Optimizer`` needs nothing: ``optimizer.update(model, grads, value=loss)``
+forwards the loss as it is.
+"""
+
+from typing import Any
+
+from flax.training import train_state
+
+from ._apply import apply_updates
+
+
+class TrainState(train_state.TrainState):
+    """``flax.training.train_state.TrainState`` whose gradients come with a loss.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lalerg_optax as lo
+      >>> from flax import linen as nn
+      >>> from lalerg_optax.flax import TrainState
+      >>> model, x = nn.Dense(1), jnp.ones((4, 3))
+      >>> state = TrainState.create(
+      ...     apply_fn=model.apply,
+      ...     params=model.init(jax.random.key(0), x)["params"],
+      ...     tx=lo.lalerg(1e-3),
+      ... )
+      >>> def loss_fn(params):
+      ...     return jnp.mean((state.apply_fn({"params": params}, x) - 1.0) ** 2)
+      >>> loss, grads = jax.value_and_grad(loss_fn)(state.params)
+      >>> state = state.apply_gradients(grads=grads, value=loss)
+      >>> int(state.step), int(lo.metrics(state.opt_state)["num_accepted"])
+      (1, 1)
+    """
+
+    def apply_gradients(  # type: ignore[override]
+        self, *, grads: Any, value: Any, extra_args: Any = None, **kwargs: Any
+    ) -> "TrainState":
+        """Returns the state after one step.
+
+        Args:
+          grads: gradients, a tree like ``params``.
+          value: the loss at ``params``, a scalar, or None to judge by gradient norm
+            alone.
+          extra_args: a dict of further keywords for ``tx.update``.
+          **kwargs: further fields to replace, such as ``batch_stats``.
+
+        Returns:
+          A new state, one step further. On a revert its params are the anchor, bit
+          for bit.
+        """
+        updates, opt_state = self.tx.update(
+            grads, self.opt_state, self.params, value=value, **(extra_args or {})
+        )
+        return self.replace(
+            step=self.step + 1,
+            params=apply_updates(self.params, updates, opt_state),
+            opt_state=opt_state,
+            **kwargs,
+        )
