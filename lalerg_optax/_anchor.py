@@ -1,5 +1,6 @@
 """Anchor: the copy of the params that a revert goes back to."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ def global_norm(tree: PyTree) -> jax.Array:
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
 
+@functools.partial(jax.jit, inline=True)
 def take_audit(
     is_due: jax.Array,
     grads: PyTree,
@@ -60,13 +62,19 @@ def take_audit(
     """
 
     def look_back() -> tuple[jax.Array, jax.Array]:
-        way_back = jax.tree.map(jnp.subtract, anchor, params)
-        products = [
-            jnp.sum(g * w)
-            for g, w in zip(_real_parts(grads), _real_parts(way_back), strict=True)
-        ]
-        total = sum(products, start=jnp.zeros((), jnp.float32))
-        cosine = total / (grad_norm * global_norm(way_back))
+        zero = jnp.zeros((), jnp.float32)
+        product = square = zero
+        trees = map(_real_parts, (grads, anchor, params))
+        for g, a, p in zip(*trees, strict=True):
+            # One reduction with two sums: two of them would store a - p.
+            sums = lax.reduce(
+                (g * (a - p), jnp.square(a - p)),
+                (zero, zero),
+                lambda x, y: (x[0] + y[0], x[1] + y[1]),
+                tuple(range(g.ndim)),
+            )
+            product, square = product + sums[0], square + sums[1]
+        cosine = product / (grad_norm * jnp.sqrt(square))
         return jnp.isfinite(cosine), jnp.nan_to_num(cosine, nan=0.0)
 
     def look_nowhere() -> tuple[jax.Array, jax.Array]:
@@ -76,6 +84,7 @@ def take_audit(
     return Audit(is_taken, jnp.where(is_taken, jnp.clip(alignment, -1.0, 1.0), 0.0))
 
 
+@functools.partial(jax.jit, inline=True)
 def refresh_anchor(
     is_due: jax.Array, anchor: PyTree, params: PyTree, gate: jax.Array
 ) -> tuple[PyTree, jax.Array]:

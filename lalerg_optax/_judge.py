@@ -1,6 +1,7 @@
 """Judge: turns a loss and a gradient norm into a verdict, by arithmetic on scalars."""
 
 import enum
+import functools
 import math
 from typing import NamedTuple
 
@@ -153,6 +154,8 @@ def _scaled_drift(
     )
 
 
+# jit: outside of a jitted step, a conditional would be compiled anew at every call
+@functools.partial(jax.jit, static_argnames="norm_is_judged", inline=True)
 def judge(
     state: JudgeState,
     value: jax.Array | None,

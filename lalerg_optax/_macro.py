@@ -141,22 +141,21 @@ def scale_by_macro_rate(
 
     def init_fn(params: optax.Params) -> ScaleByMacroRateState:
         del params
-        zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
         return ScaleByMacroRateState(
             macro_rate=jnp.ones((), jnp.float32),
             macro_max_rate=jnp.asarray(_MAX_RATE if search else 1.0, jnp.float32),
             is_searching=jnp.asarray(search, jnp.bool_),
             has_improved=jnp.asarray(not search, jnp.bool_),
             is_reverting=jnp.zeros((), jnp.bool_),
-            avg_alignment=zero,
-            best_alignment=zero,
-            window_count=none,
-            window_mean=zero,
-            window_sum_of_squares=zero,
-            last_window_mean=zero,
-            best_window_mean=zero,
-            num_windows=none,
-            num_macro_held=none,
+            avg_alignment=jnp.zeros((), jnp.float32),
+            best_alignment=jnp.zeros((), jnp.float32),
+            window_count=jnp.zeros((), jnp.int32),
+            window_mean=jnp.zeros((), jnp.float32),
+            window_sum_of_squares=jnp.zeros((), jnp.float32),
+            last_window_mean=jnp.zeros((), jnp.float32),
+            best_window_mean=jnp.zeros((), jnp.float32),
+            num_windows=jnp.zeros((), jnp.int32),
+            num_macro_held=jnp.zeros((), jnp.int32),
         )
 
     def observe(state: ScaleByMacroRateState, loss: jax.Array) -> ScaleByMacroRateState:

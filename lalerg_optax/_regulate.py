@@ -1,5 +1,6 @@
 """Error regulation: judge every step; accept, skip or revert it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from ._anchor import (
 )
 from ._checks import check_range
 from ._gate import count_unless
-from ._judge import LARGEST, JudgeState, Verdict, init_judge, judge
+from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge
 
 _MIN_ANCHOR_EVERY = 4  # steps: early in a run, params and rates change fast
 _HEALTHY = 0.5  # errors below half of what is tolerated: fit to be gone back to
@@ -66,6 +67,29 @@ class ErrorRegulateState(NamedTuple):
     judge_state: JudgeState
     anchor: optax.Params
     inner_state: optax.OptState
+
+
+@functools.partial(jax.jit, inline=True)
+def _damp(
+    damping: jax.Array,
+    judgement: Judgement,
+    backoff_factor: jax.typing.ArrayLike,
+    recovery_steps: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Returns the damping: cut by a revert, restored by accepted steps."""
+
+    def recover() -> jax.Array:
+        factor = jnp.asarray(backoff_factor, jnp.float32) ** (-1.0 / recovery_steps)
+        return jnp.minimum(damping * factor, 1.0)
+
+    def keep() -> jax.Array:
+        return damping
+
+    def cut() -> jax.Array:
+        lower = jnp.maximum(damping * backoff_factor, _MIN_DAMPING)
+        return jnp.where(judgement.is_new_revert, lower, damping)
+
+    return lax.switch(judgement.verdict, (recover, keep, cut))
 
 
 def error_regulate(
@@ -202,20 +226,20 @@ def error_regulate(
     chained = optax.with_extra_args_support(optax.identity() if is_flat else inner)
 
     def init_fn(params: optax.Params) -> ErrorRegulateState:
-        zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+        # One array a field: shared ones could not be donated.
         return ErrorRegulateState(
-            verdict=none,
-            scaled_error=zero,
-            scaled_norm_error=zero,
-            scaled_drift=zero,
-            grad_norm=zero,
-            alignment=zero,
+            verdict=jnp.zeros((), jnp.int32),
+            scaled_error=jnp.zeros((), jnp.float32),
+            scaled_norm_error=jnp.zeros((), jnp.float32),
+            scaled_drift=jnp.zeros((), jnp.float32),
+            grad_norm=jnp.zeros((), jnp.float32),
+            alignment=jnp.zeros((), jnp.float32),
             damping=jnp.ones((), jnp.float32),
-            num_accepted=none,
-            num_skipped=none,
-            num_reverted=none,
-            num_audits_passed=none,
-            anchor_age=none,
+            num_accepted=jnp.zeros((), jnp.int32),
+            num_skipped=jnp.zeros((), jnp.int32),
+            num_reverted=jnp.zeros((), jnp.int32),
+            num_audits_passed=jnp.zeros((), jnp.int32),
+            anchor_age=jnp.zeros((), jnp.int32),
             judge_state=init_judge(),
             anchor=copy_params(params),
             inner_state=chained.init(params),
@@ -296,19 +320,7 @@ def error_regulate(
         )
 
         # Act.
-        damping = lax.switch(
-            verdict,
-            (
-                lambda d: jnp.minimum(d * backoff_factor ** (-1 / recovery_steps), 1.0),
-                lambda d: d,
-                lambda d: jnp.where(
-                    judgement.is_new_revert,
-                    jnp.maximum(d * backoff_factor, _MIN_DAMPING),
-                    d,
-                ),
-            ),
-            state.damping,
-        )
+        damping = _damp(state.damping, judgement, backoff_factor, recovery_steps)
         errors = (
             judgement.scaled_error,
             judgement.scaled_norm_error,

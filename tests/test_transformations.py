@@ -1,0 +1,244 @@
+"""The same decisions under jit, scan, vmap, donation, checkpoint and sharding."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from sklearn.datasets import load_digits
+
+import lalerg_optax as lo
+from lalerg_optax import Verdict
+
+NUM_STEPS = 120
+NUM_FEATURES, NUM_CLASSES, BATCH = 64, 10, 32
+
+
+@functools.cache
+def digits():
+    data = load_digits()
+    return (data.data / 16.0).astype(np.float32), data.target.astype(np.int32)
+
+
+def batches(seed, faults=True):
+    """Returns real minibatches, some of them spoilt in mid-run."""
+    x, y = digits()
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, len(x), (NUM_STEPS, BATCH))
+    xs, ys = x[rows].copy(), y[rows]
+    if faults:
+        xs[60] = np.nan
+        xs[80:83] *= -300.0 * (1 + seed)
+    return jnp.asarray(xs), jnp.asarray(ys)
+
+
+def init_params(seed=0):
+    keys = jax.random.split(jax.random.key(seed))
+    return {
+        "hidden": jax.random.normal(keys[0], (NUM_FEATURES, 32)) / 8.0,
+        "out": jax.random.normal(keys[1], (32, NUM_CLASSES)) / 6.0,
+    }
+
+
+def loss_fn(params, batch, remat=False):
+    x, y = batch
+
+    def hidden(x):
+        return jax.nn.relu(x @ params["hidden"])
+
+    h = (jax.checkpoint(hidden) if remat else hidden)(x)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(
+        h @ params["out"], y
+    ).mean()
+
+
+def make_step(tx, loss=loss_fn):
+    def step(params, state, batch):
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params, value=value)
+        return lo.apply_updates(params, updates, state), state
+
+    return step
+
+
+def train(step, params, state, data):
+    """Trains in a Python loop; returns params, state and verdicts."""
+    verdicts = []
+    for t in range(NUM_STEPS):
+        params, state = step(params, state, jax.tree.map(lambda x: x[t], data))
+        verdicts.append(int(lo.metrics(state)["verdict"]))
+    return params, state, verdicts
+
+
+def scan(tx, params, data):
+    step = make_step(tx)
+
+    def body(carry, batch):
+        carry = step(*carry, batch)
+        return carry, lo.metrics(carry[1])["verdict"]
+
+    (params, state), verdicts = jax.lax.scan(body, (params, tx.init(params)), data)
+    return params, state, verdicts
+
+
+TX = lo.lalerg(3e-3)
+
+
+@functools.cache
+def reference():
+    params = init_params()
+    return train(jax.jit(make_step(TX)), params, TX.init(params), batches(0))
+
+
+def assert_same_run(run, rtol=1e-4):
+    params, state, verdicts = reference()
+    assert list(map(int, run[2])) == verdicts
+    chex.assert_trees_all_close(run[0], params, rtol=rtol, atol=rtol)
+    chex.assert_trees_all_close(
+        lo.metrics(run[1]), lo.metrics(state), rtol=rtol, atol=rtol
+    )
+
+
+def test_the_run_contains_every_verdict():
+    counts = np.bincount(reference()[2], minlength=3)
+    assert counts[Verdict.ACCEPT] > 100
+    assert counts[Verdict.SKIP] >= 2
+    assert counts[Verdict.REVERT] >= 2
+
+
+def test_eager_equals_jit():
+    params = init_params()
+    assert_same_run(train(make_step(TX), params, TX.init(params), batches(0)))
+
+
+def test_scan_equals_a_loop_of_steps():
+    assert_same_run(jax.jit(functools.partial(scan, TX))(init_params(), batches(0)))
+
+
+def test_one_trace_serves_a_whole_run():
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(make_step(TX), n=1))
+    params = init_params()
+    assert_same_run(train(step, params, TX.init(params), batches(0)))
+
+
+def test_donated_buffers():
+    params = init_params()
+    step = jax.jit(make_step(TX), donate_argnums=(0, 1))
+    assert_same_run(train(step, params, TX.init(params), batches(0)))
+
+
+def test_donating_the_state_of_the_first_step_shares_no_buffer():
+    params = init_params()
+    leaves = jax.tree.leaves((params, TX.init(params)))
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in leaves]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_rematerialised_model():
+    params = init_params()
+    step = jax.jit(make_step(TX, functools.partial(loss_fn, remat=True)))
+    assert_same_run(train(step, params, TX.init(params), batches(0)))
+
+
+def test_each_vmapped_run_decides_for_itself():
+    params = jax.tree.map(lambda x: jnp.stack([x] * 3), init_params())
+    healthy = batches(0, faults=False)
+    data = jax.tree.map(lambda *x: jnp.stack(x), batches(0), healthy, batches(1))
+    together = jax.jit(jax.vmap(functools.partial(scan, TX)))(params, data)
+    assert jnp.all(together[2][1] == Verdict.ACCEPT)
+    for i, one in enumerate((batches(0), healthy, batches(1))):
+        alone = jax.jit(functools.partial(scan, TX))(init_params(), one)
+        assert together[2][i].tolist() == alone[2].tolist()
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i: x[i], together[0]),
+            alone[0],
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_decisions_are_conditionals_and_not_selects():
+    params = init_params()
+    batch = jax.tree.map(lambda x: x[0], batches(0))
+    lowered = jax.jit(make_step(TX)).lower(params, TX.init(params), batch)
+    # judge and damping switch over the verdict; audit and anchor are conditional
+    assert lowered.as_text().count('"stablehlo.case"') == 4
+
+
+SHARDINGS = {
+    "data parallel": {"hidden": PartitionSpec(), "out": PartitionSpec()},
+    "fully sharded": {"hidden": PartitionSpec("d"), "out": PartitionSpec("d")},
+    "tensor sharded": {
+        "hidden": PartitionSpec(None, "d"),
+        "out": PartitionSpec("d", None),
+    },
+}
+
+
+@pytest.mark.parametrize("specs", SHARDINGS.values(), ids=SHARDINGS.keys())
+def test_eight_devices_decide_like_one_and_keep_the_shardings(specs):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    named = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
+    params = jax.device_put(init_params(), named)
+    state = TX.init(params)
+    xs, ys = batches(0)
+    data = (
+        jax.device_put(xs, NamedSharding(mesh, PartitionSpec(None, "d"))),
+        jax.device_put(ys, NamedSharding(mesh, PartitionSpec(None, "d"))),
+    )
+    step = jax.jit(make_step(TX), donate_argnums=(0, 1))
+    run = train(step, params, state, data)
+    assert_same_run(run, rtol=2e-3)
+    regulator = run[1]
+    micro = regulator.inner_state[0]
+    for tree in (run[0], regulator.anchor, micro.mu, micro.nu):
+        for key, leaf in tree.items():
+            assert leaf.sharding.is_equivalent_to(named[key], leaf.ndim), key
+
+
+def test_devices_that_see_different_losses_decide_alike_under_shard_map():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = lo.lalerg(3e-3, axis_name="d")
+    replicated, split = PartitionSpec(), PartitionSpec("d")
+
+    def step(params, state, batch):
+        value, grads = jax.value_and_grad(loss_fn)(params, batch)
+        grads = jax.lax.pmean(grads, "d")
+        updates, state = tx.update(grads, state, params, value=value)
+        return lo.apply_updates(params, updates, state), state
+
+    step = jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(replicated, replicated, split),
+            out_specs=(replicated, replicated),
+            check_vma=False,
+        )
+    )
+    params = init_params()
+    xs, ys = batches(0)
+    xs = xs.at[100, 3].set(jnp.nan)  # a row that one device alone sees
+    params, state, verdicts = train(step, params, tx.init(params), (xs, ys))
+    assert verdicts[100] == Verdict.SKIP
+    assert verdicts[:100] == reference()[2][:100]
+    for leaf in jax.tree.leaves((params, state)):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        for copy in copies[1:]:
+            np.testing.assert_array_equal(copy, copies[0])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_whole_step_lowers_for_hardware_that_is_not_here(platform):
+    params = init_params()
+    batch = jax.tree.map(lambda x: x[0], batches(0))
+    exported = jax.export.export(jax.jit(make_step(TX)), platforms=[platform])(
+        params, TX.init(params), batch
+    )
+    assert exported.platforms == (platform,)
+    assert "stablehlo.case" in exported.mlir_module()

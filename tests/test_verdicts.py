@@ -1,0 +1,279 @@
+"""What is accepted, skipped and reverted."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lalerg_optax as lo
+from lalerg_optax import Verdict
+
+ACCEPT, SKIP, REVERT = Verdict.ACCEPT, Verdict.SKIP, Verdict.REVERT
+
+
+def drive(tx, params, losses, grads):
+    """Feeds losses and gradients; returns params, state and metrics of all steps."""
+
+    def step(carry, inputs):
+        params, state = carry
+        loss, grad = inputs
+        updates, state = tx.update(grad, state, params, value=loss)
+        params = lo.apply_updates(params, updates, state)
+        return (params, state), (lo.metrics(state), params, state)
+
+    (params, state), (report, all_params, states) = jax.jit(
+        lambda p, s: jax.lax.scan(step, (p, s), (losses, grads))
+    )(params, tx.init(params))
+    return params, state, report, all_params, states
+
+
+def noisy(rng, num_steps, level=1.0, noise=0.05):
+    """Returns losses of a stationary run and gradients of about equal norm."""
+    losses = level * (1.0 + noise * rng.standard_normal(num_steps))
+    grads = rng.standard_normal((num_steps, 8))
+    return losses.astype(np.float32), grads.astype(np.float32)
+
+
+def make(num_steps=300, seed=0, **kwargs):
+    losses, grads = noisy(np.random.default_rng(seed), num_steps, **kwargs)
+    return jnp.ones(8), losses, grads
+
+
+def test_single_outlier_loss_is_skipped_and_changes_nothing():
+    params, losses, grads = make()
+    losses[200] = 3.0
+    _, _, report, all_params, states = drive(lo.lalerg(1e-3), params, losses, grads)
+    verdicts = report["verdict"]
+    assert verdicts[200] == SKIP
+    assert jnp.sum(verdicts != ACCEPT) == 1
+    assert report["num_skipped"][-1] == 1
+    assert report["scaled_error"][200] > 1.0
+    at = lambda tree, t: jax.tree.map(lambda x: x[t], tree)  # noqa: E731
+    chex.assert_trees_all_equal(at(all_params, 200), at(all_params, 199))
+    # our own links keep their state bit for bit: only their counters of it move
+    inner = states.inner_state
+    before, after = at(inner, 199), at(inner, 200)
+    zero_counts = lambda tree: optax.tree.set(  # noqa: E731
+        tree, num_macro_held=0, num_micro_held=0
+    )
+    our_links = lambda tree: (zero_counts(tree)[0], zero_counts(tree)[2])  # noqa: E731
+    chex.assert_trees_all_equal(our_links(before), our_links(after))
+    assert report["num_micro_held"][200] == report["num_micro_held"][199] + 1
+
+
+def test_single_outlier_gradient_norm_is_skipped_though_the_loss_is_fine():
+    params, losses, grads = make()
+    grads[200] *= 100.0
+    *_, report, all_params, _ = drive(lo.lalerg(1e-3), params, losses, grads)
+    assert report["verdict"][200] == SKIP
+    assert report["scaled_error"][200] < 1.0 < report["scaled_norm_error"][200]
+    assert jnp.sum(report["verdict"] != ACCEPT) == 1
+    chex.assert_trees_all_equal(all_params[200], all_params[199])
+
+
+def test_gradient_norm_is_judged_before_clipping():
+    params, losses, grads = make()
+    grads[200] *= 100.0
+    tx = lo.error_regulate(optax.sgd(0.1), clip_norm=0.5)
+    *_, report, all_params, _ = drive(tx, params, losses, grads)
+    assert report["verdict"][200] == SKIP
+    assert report["grad_norm"][200] > 50.0
+    moved = jnp.linalg.norm(jnp.diff(all_params, axis=0), axis=1)
+    np.testing.assert_allclose(jnp.max(moved), 0.05, rtol=1e-3)  # 0.1 x clip_norm
+
+
+def test_persistent_outlier_reverts_to_the_anchor_and_damps_and_recovers():
+    params, losses, grads = make(num_steps=400)
+    losses[200:203] = 5.0
+    *_, report, all_params, states = drive(
+        lo.error_regulate(optax.sgd(1e-2)), params, losses, grads
+    )
+    assert report["verdict"][199:205].tolist() == [
+        ACCEPT,
+        SKIP,
+        REVERT,
+        REVERT,
+        ACCEPT,
+        ACCEPT,
+    ]
+    chex.assert_trees_all_equal(all_params[201], states.anchor[199])
+    assert not jnp.array_equal(all_params[199], all_params[201])
+    damping = report["damping"]
+    assert damping[200] == 1.0
+    assert damping[201] == damping[202] == 0.5
+    assert jnp.all(jnp.diff(damping[202:]) >= 0.0)
+    assert damping[202 + 32] < 1.0
+    assert damping[202 + 65] == 1.0
+
+
+def test_outliers_after_a_revert_are_skipped_at_the_anchor():
+    params, losses, grads = make()
+    losses[200:210] = 5.0
+    *_, report, all_params, states = drive(
+        lo.error_regulate(optax.sgd(1e-2)), params, losses, grads
+    )
+    assert report["verdict"][203:210].tolist() == [SKIP] * 7
+    assert report["verdict"][210] == ACCEPT
+    for t in range(203, 210):
+        chex.assert_trees_all_equal(all_params[t], states.anchor[199])
+
+
+def test_slow_rise_that_undoes_the_progress_reverts_without_an_outlier():
+    rng = np.random.default_rng(0)
+    falling = 2.0 * np.exp(-np.arange(600) / 60) + 0.5
+    rising = np.linspace(0.5, 2.0, 400)
+    losses = np.concatenate([falling, rising])
+    losses += 0.05 * rng.standard_normal(losses.size)
+    grads = rng.standard_normal((losses.size, 8)).astype(np.float32)
+    *_, report, all_params, states = drive(
+        lo.error_regulate(optax.sgd(1e-2)),
+        jnp.ones(8),
+        losses.astype(np.float32),
+        grads,
+    )
+    verdicts = report["verdict"]
+    first = int(jnp.argmax(verdicts == REVERT))
+    assert 600 < first < 1000
+    assert losses[first] < 2.0, "before all the progress is lost"
+    assert jnp.all(verdicts[:first] == ACCEPT), "there was no outlier"
+    assert report["scaled_drift"][first] > 1.0
+    # it goes back to where the loss was low, not to the step before
+    age = int(report["anchor_age"][first - 1])
+    assert losses[first - 1 - age] < 1.0
+    chex.assert_trees_all_equal(all_params[first], states.anchor[first - 1])
+
+
+def test_anchor_is_refreshed_while_healthy_and_not_while_in_doubt():
+    params, losses, grads = make(num_steps=400)
+    *_, report, _, _ = drive(lo.error_regulate(optax.sgd(1e-2)), params, losses, grads)
+    ages = report["anchor_age"]
+    assert jnp.max(ages[:40]) <= 5, "often in the beginning"
+    assert jnp.max(ages) <= 40
+    assert jnp.sum(jnp.diff(ages[300:]) < 0) >= 2
+
+
+@pytest.mark.parametrize("level", [1.0, 1e-6, 1e6])
+def test_verdicts_do_not_depend_on_the_scale_of_the_loss(level):
+    params, losses, grads = make(num_steps=400)
+    losses[200], losses[300:303] = 1.5, 9.0
+    reference = drive(lo.error_regulate(optax.sgd(1e-2)), params, losses, grads)[2]
+    report = drive(
+        lo.error_regulate(optax.sgd(1e-2)),
+        params,
+        (losses * level).astype(np.float32),
+        grads,
+    )[2]
+    assert reference["verdict"][200] == SKIP
+    assert report["verdict"].tolist() == reference["verdict"].tolist()
+
+
+@pytest.mark.parametrize("shift", [-1.0, -5.0, 100.0])
+def test_verdicts_do_not_depend_on_the_offset_of_the_loss(shift):
+    params, losses, grads = make(num_steps=400)
+    losses[200], losses[300:303] = 1.5, 9.0
+    reference = drive(lo.error_regulate(optax.sgd(1e-2)), params, losses, grads)[2]
+    report = drive(
+        lo.error_regulate(optax.sgd(1e-2)), params, losses + np.float32(shift), grads
+    )[2]
+    assert report["verdict"].tolist() == reference["verdict"].tolist()
+
+
+@pytest.mark.parametrize(
+    "loss", [np.zeros(500), np.full(500, 2.3), np.linspace(3, 1, 500)]
+)
+def test_smooth_losses_are_never_objected_to(loss):
+    grads = np.random.default_rng(0).standard_normal((500, 8)).astype(np.float32)
+    *_, report, _, _ = drive(
+        lo.error_regulate(optax.sgd(1e-3)), jnp.ones(8), loss.astype(np.float32), grads
+    )
+    assert jnp.all(report["verdict"] == ACCEPT)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.05, 0.2])
+def test_ten_thousand_steps_of_normal_noise_are_accepted(noise):
+    params, losses, grads = make(num_steps=10_000, noise=noise, seed=1)
+    *_, report, _, _ = drive(lo.error_regulate(optax.sgd(1e-5)), params, losses, grads)
+    assert report["num_skipped"][-1] <= 1
+    assert report["num_reverted"][-1] == 0
+
+
+def test_zero_gradients_are_neither_errors_nor_a_reference():
+    params, losses, grads = make(num_steps=400)
+    grads[np.arange(400) % 50 != 0] = 0.0  # a gradient every 50 steps
+    *_, report, _, _ = drive(lo.error_regulate(optax.sgd(1e-3)), params, losses, grads)
+    assert jnp.all(report["verdict"] == ACCEPT)
+
+
+def test_without_value_the_gradient_norm_decides():
+    params, _, grads = make()
+    grads[200] *= 100.0
+    tx = lo.lalerg(1e-3)
+    state = tx.init(params)
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, value=None))
+    verdicts = []
+    for grad in grads:
+        updates, state = update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+        verdicts.append(int(state.verdict))
+    assert verdicts[200] == SKIP
+    assert sum(v != ACCEPT for v in verdicts) == 1
+
+
+def test_flat_form_judges_the_loss_and_follows_a_schedule():
+    params, losses, grads = make()
+    losses[200] = 4.0
+    schedule = optax.piecewise_constant_schedule(1e-4, {100: 30.0})
+    tx = optax.chain(
+        lo.scale_by_micro_rate(),
+        lo.scale_by_macro_rate(),
+        optax.scale_by_learning_rate(schedule),
+        lo.error_regulate(),
+    )
+    *_, report, _, _ = drive(tx, params, losses, grads)
+    assert report["verdict"][200] == SKIP
+    assert jnp.sum(report["verdict"] != ACCEPT) == 1, "a leap of the rate is no error"
+
+
+def test_failing_first_steps_revert_and_lower_the_rate():
+    # the gradient of |p|^2 at a rate that overshoots from the first step on
+    tx = lo.lalerg(10.0)
+    params = jnp.array([0.3, -0.2, 0.1])
+    state, start = tx.init(params), params
+    reverts, rates = [], []
+    for _ in range(60):
+        loss, grad = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+        updates, state = tx.update(grad, state, params, value=loss)
+        params = lo.apply_updates(params, updates, state)
+        report = lo.metrics(state)
+        if report["verdict"] == REVERT:
+            reverts.append(params)
+        rates.append(float(report["macro_rate"]))
+    assert len(reverts) >= 4
+    chex.assert_trees_all_equal(reverts[0], start)
+    assert rates[-1] < 1.0 / 16.0
+    assert jnp.sum(params**2) < jnp.sum(start**2)
+
+
+def test_search_raises_a_rate_that_is_too_small_and_only_if_asked_to():
+    def final_rate(search):
+        tx = lo.lalerg(1e-6, search=search)
+        params = jnp.array([3.0, -2.0, 1.0])
+        state = tx.init(params)
+
+        def step(carry, _):
+            params, state = carry
+            loss, grad = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+            updates, state = tx.update(grad, state, params, value=loss)
+            return (optax.apply_updates(params, updates), state), loss
+
+        (params, state), losses = jax.lax.scan(step, (params, state), length=300)
+        return lo.metrics(state)["macro_rate"], losses[-1]
+
+    rate, loss = final_rate(search=True)
+    assert rate > 1e3
+    assert loss < 0.1
+    rate, loss = final_rate(search=False)
+    assert rate == 1.0
+    assert loss > 10.0
