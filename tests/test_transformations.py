@@ -69,7 +69,7 @@ def train(step, params, state, data):
     """Trains in a Python loop; returns params, state and verdicts."""
     verdicts = []
     for t in range(NUM_STEPS):
-        params, state = step(params, state, jax.tree.map(lambda x: x[t], data))
+        params, state = step(params, state, jax.tree.map(lambda x, t=t: x[t], data))
         verdicts.append(int(lo.metrics(state)["verdict"]))
     return params, state, verdicts
 
