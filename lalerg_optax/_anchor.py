@@ -62,18 +62,12 @@ def take_audit(
     """
 
     def look_back() -> tuple[jax.Array, jax.Array]:
-        zero = jnp.zeros((), jnp.float32)
-        product = square = zero
+        product = square = jnp.zeros((), jnp.float32)
         trees = map(_real_parts, (grads, anchor, params))
         for g, a, p in zip(*trees, strict=True):
-            # One reduction with two sums: two of them would store a - p.
-            sums = lax.reduce(
-                (g * (a - p), jnp.square(a - p)),
-                (zero, zero),
-                lambda x, y: (x[0] + y[0], x[1] + y[1]),
-                tuple(range(g.ndim)),
-            )
-            product, square = product + sums[0], square + sums[1]
+            product += jnp.sum(g * (a - p))
+            # p - a, not a - p: what two sums have in common, XLA would store
+            square += jnp.sum(jnp.square(p - a))
         cosine = product / (grad_norm * jnp.sqrt(square))
         return jnp.isfinite(cosine), jnp.nan_to_num(cosine, nan=0.0)
 

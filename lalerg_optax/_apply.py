@@ -1,5 +1,7 @@
 """apply_updates: Optax's, and exact on a revert."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -44,7 +46,7 @@ def apply_updates(
     for state in find_states(opt_state, ErrorRegulateState).values():
         is_reverted = state.verdict == Verdict.REVERT
 
-        def select(a: jax.Array, p: optax.Params, pred: jax.Array = is_reverted):
+        def select(a: Any, p: Any, pred: jax.Array = is_reverted) -> Any:
             is_elsewhere = isinstance(a, optax.MaskedNode)
             return p if is_elsewhere else jnp.where(pred, a, p)
 

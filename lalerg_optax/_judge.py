@@ -254,7 +254,9 @@ def judge(
 
     # An alarm is recorded as the largest value that was tolerated: the window
     # always advances and follows a new level, but no outlier can blow it up.
-    def recorded(history: LossHistory, signal: jax.Array, limit: jax.Array):
+    def recorded(
+        history: LossHistory, signal: jax.Array, limit: jax.Array
+    ) -> LossHistory:
         blank = LossHistory.empty(history.values.shape[0])
         history = jax.tree.map(
             lambda new, old: jnp.where(is_new_level | failed_audit, new, old),

@@ -295,8 +295,15 @@ def error_regulate(
         verdict = judgement.verdict
         is_accepted = verdict == Verdict.ACCEPT
         is_reverted = verdict == Verdict.REVERT
-        if report is not None:
-            report = report._replace(is_taken=report.is_taken & is_accepted)
+        errors = (
+            judgement.scaled_error,
+            judgement.scaled_norm_error,
+            judgement.scaled_drift,
+        )
+        is_healthy = jnp.max(jnp.stack(errors)) < _HEALTHY
+        is_moved = is_due & is_accepted & is_healthy
+        if report is not None:  # one look back for each anchor
+            report = report._replace(is_taken=report.is_taken & is_moved)
 
         # Inner: sees nothing of a rejected batch.
         clipped = updates
@@ -321,13 +328,6 @@ def error_regulate(
 
         # Act.
         damping = _damp(state.damping, judgement, backoff_factor, recovery_steps)
-        errors = (
-            judgement.scaled_error,
-            judgement.scaled_norm_error,
-            judgement.scaled_drift,
-        )
-        is_healthy = jnp.max(jnp.stack(errors)) < _HEALTHY
-        is_moved = is_due & is_accepted & is_healthy
         anchor, gate = refresh_anchor(is_moved, state.anchor, params, damping)
 
         def act(p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
