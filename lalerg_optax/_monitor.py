@@ -43,10 +43,16 @@ def _labels(path: tuple[Any, ...]) -> str:
 def _read(states: dict[str, Any], fields: tuple[str, ...]) -> dict[str, jax.Array]:
     """Reads fields; a label leads the name only where there are several states."""
     return {
-        (label if len(states) > 1 else "") + field: getattr(state, field)
+        (label if len(states) > 1 else "") + field: _scalar(getattr(state, field))
         for label, state in states.items()
         for field in fields
     }
+
+
+def _scalar(field: Any) -> jax.Array:
+    """Returns the array of a field, which NNX wraps in a variable."""
+    (leaf,) = jax.tree.leaves(field)
+    return leaf
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
