@@ -20,15 +20,19 @@ class Audit(NamedTuple):
         float32 scalar in [-1, 1]; 0 where ``is_taken`` is false. Positive: by the
         light of a batch that they have not seen, the steps since the anchor led
         downhill, and the slope goes on.
+      is_restart: whether params go back to where the run began because no audit was
+        good yet, bool scalar: what was gathered on the way is void.
     """
 
     is_taken: jax.Array
     alignment: jax.Array
+    is_restart: jax.Array
 
 
 def copy_params(params: PyTree) -> PyTree:
     """Returns a real copy of the params: an alias would break buffer donation."""
-    return jax.tree.map(jnp.copy, params)
+    # with the dtype given, a weakly typed scalar becomes a strongly typed one
+    return jax.tree.map(lambda p: jnp.array(p, jnp.result_type(p), copy=True), params)
 
 
 def _real_parts(tree: PyTree) -> Iterator[jax.Array]:
@@ -53,8 +57,8 @@ def take_audit(
     grad_norm: jax.Array,
     anchor: PyTree,
     params: PyTree,
-) -> Audit:
-    """Looks back at the anchor where that is due.
+) -> tuple[jax.Array, jax.Array]:
+    """Looks back at the anchor where that is due: was it seen, and the alignment.
 
     The alignment is ``<g, a - p> / (|g| |a - p|)`` for gradient ``g``, anchor ``a``
     and params ``p``. There is nothing to be seen, and no audit, where the params
@@ -75,7 +79,7 @@ def take_audit(
         return jnp.zeros((), jnp.bool_), jnp.zeros((), jnp.float32)
 
     is_taken, alignment = lax.cond(is_due, look_back, look_nowhere)
-    return Audit(is_taken, jnp.where(is_taken, jnp.clip(alignment, -1.0, 1.0), 0.0))
+    return is_taken, jnp.where(is_taken, jnp.clip(alignment, -1.0, 1.0), 0.0)
 
 
 @functools.partial(jax.jit, inline=True)

@@ -1,7 +1,10 @@
-"""Range checks of hyperparameters, for numbers that are known at construction."""
+"""Checks of what users hand in: hyperparameters at construction, losses later."""
 
 import math
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 
 def check_range(
@@ -20,12 +23,24 @@ def check_range(
     """
     if not isinstance(value, int | float):
         return
+    high_open = high_open or math.isinf(high)
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high
     if not (above and below):  # a NaN is neither
-        left = "(" if low_open or math.isinf(low) else "["
-        right = ")" if high_open or math.isinf(high) else "]"
+        left, right = "(" if low_open else "[", ")" if high_open else "]"
         raise ValueError(
             f"{name} must be in the range {left}{low}, {high}{right}, got "
             f"{name} = {value}."
         )
+
+
+def as_loss(value: jax.typing.ArrayLike | None) -> jax.Array | None:
+    """Returns ``value`` as a float32 scalar; None stays None."""
+    if value is None:
+        return None
+    if jnp.shape(value):
+        raise ValueError(
+            "value must be a scalar, the mean loss of the batch, got shape "
+            f"{jnp.shape(value)}."
+        )
+    return jnp.asarray(value, jnp.float32)

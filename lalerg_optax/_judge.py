@@ -202,7 +202,7 @@ def judge(
     )
     norm_error = jnp.where(grad_norm == 0.0, 0.0, norm_error)
     if not norm_is_judged:
-        norm_error = jnp.where(jnp.isfinite(grad_norm), 0.0, LARGEST)
+        norm_error = jnp.where(jnp.isfinite(grad_norm), 0.0, norm_error)
     is_outlier = jnp.maximum(error, norm_error) > 1.0
     is_new_level = finite & (state.num_finite_rejected_in_row >= patience)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ._anchor import Audit
-from ._checks import check_range
+from ._checks import as_loss, check_range
 from ._gate import count_unless, open_gate
 from ._judge import Verdict
 
@@ -73,17 +73,17 @@ def scale_by_macro_rate(
     .. math::
 
         r \leftarrow \begin{cases}
-            \min(growth \cdot r,\; r_{max}) & \text{good, still searching} \\
+            \min(growth \cdot r,\; r_{max}) & \text{the search goes on} \\
             \min(slow\_growth \cdot r,\; r_{max})
                 & \text{search is over, mean loss of the window is the best so far} \\
             backoff \cdot r     & \text{bad, or a REVERT, after a good audit} \\
-            backoff^2 \cdot r   & \text{bad, or a REVERT, before any good audit}
+            backoff^4 \cdot r   & \text{bad, or a REVERT, before any good audit}
         \end{cases}
 
     Being bad after a good audit ends the search, and so does reaching
     :math:`r_{max}`; then :math:`r_{max} = max\_slow\_growth \cdot r`. Being bad
     before a good audit sets :math:`r_{max} = r / growth`, with the rate that was too
-    high.
+    high; the cut is deep because what a good audit looks like is learnt from below.
 
     Inside ``error_regulate(..., audit=True)`` the regulator takes the audits. With
     :math:`c` the average (decay 0.5) of the alignments that it reports (the cosine
@@ -92,8 +92,9 @@ def scale_by_macro_rate(
 
     Alone, an audit falls due every ``audit_every`` accepted steps and compares the
     mean loss of this window with that of the last one: good if it fell by more than
-    2 standard errors; otherwise bad if there was a good audit before, or if it rose
-    by more than 2 standard errors. While nothing has been said yet, the rate grows.
+    2 standard errors, bad if it rose by more than 2 standard errors. While it does
+    neither, the rate grows; the first good audit ends the search, because there is
+    no way back from a rate that is too bold.
 
     A step that is not accepted, or alone one with a loss or an update that is not
     finite, gives a zero update and leaves the state as it was.
@@ -121,7 +122,7 @@ def scale_by_macro_rate(
       >>> tx = lo.scale_by_macro_rate(audit_every=2)
       >>> updates = jnp.array([1.0])
       >>> state = tx.init(updates)
-      >>> for loss in (8.0, 8.0, 4.0, 4.0):
+      >>> for loss in (8.0, 8.0, 8.0, 8.0, 4.0, 4.0):
       ...     _, state = tx.update(updates, state, value=loss)
       >>> float(state.macro_rate)
       2.0
@@ -169,6 +170,14 @@ def scale_by_macro_rate(
             + (loss - state.window_mean) * (loss - mean),
         )
 
+    def start_window(state: ScaleByMacroRateState) -> ScaleByMacroRateState:
+        """Forgets the losses since the last audit."""
+        return state._replace(
+            window_count=jnp.zeros((), jnp.int32),
+            window_mean=jnp.zeros((), jnp.float32),
+            window_sum_of_squares=jnp.zeros((), jnp.float32),
+        )
+
     def audit_window(state: ScaleByMacroRateState) -> tuple[jax.Array, jax.Array]:
         """Returns whether the window was good, and whether it was bad."""
         n = state.window_count.astype(jnp.float32)
@@ -176,9 +185,7 @@ def scale_by_macro_rate(
         margin = _STANDARD_ERRORS * jnp.sqrt(variance / jnp.maximum(n, 1.0))
         rise = state.window_mean - state.last_window_mean
         is_known = state.num_windows > 0
-        is_good = is_known & (rise < -margin)
-        is_bad = jnp.where(state.has_improved, ~is_good, rise > margin)
-        return is_good, is_bad & is_known
+        return is_known & (rise < -margin), is_known & (rise > margin)
 
     def audit_alignment(
         state: ScaleByMacroRateState, alignment: jax.Array
@@ -203,17 +210,20 @@ def scale_by_macro_rate(
         is_good: jax.Array,
         is_bad: jax.Array,
         is_best: jax.Array,
+        is_found: jax.Array,
     ) -> ScaleByMacroRateState:
         """Applies the rule of the docstring."""
         rate, max_rate = state.macro_rate, state.macro_max_rate
-        leap = jnp.minimum(rate * growth_factor, max_rate)
+        leap = jnp.where(is_found, rate, jnp.minimum(rate * growth_factor, max_rate))
         crawl = jnp.minimum(rate * slow_growth_factor, max_rate)
         grown = jnp.where(state.is_searching, leap, jnp.where(is_best, crawl, rate))
-        cut = jnp.where(state.has_improved, backoff_factor, backoff_factor**2)
+        cut = jnp.where(state.has_improved, backoff_factor, backoff_factor**4)
         new_rate = jnp.where(is_bad, rate * cut, jnp.where(is_audited, grown, rate))
         new_rate = jnp.clip(new_rate, 1.0 / _MAX_RATE, _MAX_RATE)
         is_ended = state.is_searching & jnp.where(
-            is_bad, state.has_improved, is_audited & (grown >= max_rate)
+            is_bad,
+            state.has_improved,
+            is_audited & (is_found | (grown >= max_rate)),
         )
         new_max_rate = jnp.where(
             is_ended,
@@ -238,16 +248,14 @@ def scale_by_macro_rate(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByMacroRateState]:
         del params, extra_args
-        loss = jnp.zeros((), jnp.float32)
-        if value is not None:
-            loss = jnp.asarray(value, jnp.float32)
+        loss = as_loss(0.0 if value is None else value)
         is_open, updates = open_gate(updates, verdict, loss)
         is_reverted = jnp.zeros((), jnp.bool_)
         if verdict is not None:
             is_reverted = verdict == Verdict.REVERT
 
         seen = observe(state, jnp.clip(loss, -_LARGEST_LOSS, _LARGEST_LOSS))
-        is_known = jnp.ones((), jnp.bool_)
+        is_known, is_found = jnp.ones((), jnp.bool_), jnp.zeros((), jnp.bool_)
         if audit is not None:
             is_audited = audit.is_taken & is_open
             is_good, is_bad, audited = audit_alignment(seen, audit.alignment)
@@ -257,14 +265,12 @@ def scale_by_macro_rate(
                 is_audited = jnp.zeros((), jnp.bool_)
             is_known = seen.num_windows > 0
             is_good, is_bad = audit_window(seen)
+            is_found = is_good  # there is no way back from more than that
             audited = seen
         is_best = (seen.window_mean < seen.best_window_mean) | (seen.num_windows == 0)
         if value is None:
             is_best = jnp.zeros((), jnp.bool_)
-        audited = audited._replace(
-            window_count=jnp.zeros((), jnp.int32),
-            window_mean=jnp.zeros((), jnp.float32),
-            window_sum_of_squares=jnp.zeros((), jnp.float32),
+        audited = start_window(audited)._replace(
             last_window_mean=seen.window_mean,
             best_window_mean=jnp.where(
                 is_best, seen.window_mean, seen.best_window_mean
@@ -275,15 +281,17 @@ def scale_by_macro_rate(
         def choose(pred: jax.Array, new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(pred, n, o), new, old)
 
-        new_state = choose(is_audited, audited, choose(is_open, seen, state))
         # A revert lasts two steps, and is one piece of news.
         is_news = is_reverted & ~state.is_reverting
+        held = choose(is_news, start_window(state), state)
+        new_state = choose(is_audited, audited, choose(is_open, seen, held))
         new_state = adapt(
             new_state,
             is_audited & is_known,
             is_audited & is_good,
             is_news | (is_audited & is_bad & state.is_searching),
             is_best,
+            is_found,
         )._replace(
             is_reverting=is_reverted,
             num_macro_held=count_unless(is_open, state.num_macro_held),

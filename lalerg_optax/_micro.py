@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._anchor import Audit
 from ._checks import check_range
 from ._gate import count_unless, open_gate
+from ._judge import Verdict
 
 
 class ScaleByMicroRateState(NamedTuple):
@@ -51,6 +53,13 @@ def scale_by_micro_rate(
     and gives a zero update. Inside `error_regulate` the regulator's verdict is the
     gate. Alone, the gate is whether the squared global norm of the gradient is
     finite in float32, so that no NaN, infinity or overflow ever gets into the state.
+
+    On a REVERT :math:`\mu` is set to zero, because momentum belongs to the path that
+    was left; :math:`\nu` stays, because the scale of the gradients does not. Where
+    params go back to the very start (``audit.is_restart``, see `error_regulate`),
+    :math:`\nu` and :math:`t` are set to zero as well: gradients of a first step that
+    was a thousand times too far would hold the rates down for :math:`1 / (1 - b_2)`
+    steps.
 
     Args:
       b1: decay of the first moment, in [0, 1).
@@ -103,6 +112,7 @@ def scale_by_micro_rate(
         params: optax.Params | None = None,
         *,
         verdict: jax.Array | None = None,
+        audit: Audit | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByMicroRateState]:
         del params, extra_args
@@ -112,6 +122,11 @@ def scale_by_micro_rate(
         keep1, add1 = jnp.where(is_open, b1, 1.0), jnp.where(is_open, 1.0 - b1, 0.0)
         keep2, add2 = jnp.where(is_open, b2, 1.0), jnp.where(is_open, 1.0 - b2, 0.0)
         count = count_unless(~is_open, state.micro_count)
+        if verdict is not None:
+            keep1 = jnp.where(verdict == Verdict.REVERT, 0.0, keep1)
+        if audit is not None:
+            keep2 = jnp.where(audit.is_restart, 0.0, keep2)
+            count = jnp.where(audit.is_restart, 0, count)
         mu = jax.tree.map(
             lambda g, m: (add1 * g + keep1 * m).astype(m.dtype), updates, state.mu
         )

@@ -27,26 +27,33 @@ _REGULATOR_FIELDS = (
 
 
 def find_states(opt_state: Any, kind: type) -> dict[str, Any]:
-    """Returns all states of a kind at any depth, by the labels on the way there."""
-    found = jax.tree_util.tree_leaves_with_path(
-        opt_state, is_leaf=lambda node: isinstance(node, kind)
+    """Returns all states of a kind, at any depth, by label.
+
+    The label is made of the dict keys on the way there (the groups of
+    ``optax.partition``); of the positions in chains as well where that is not
+    enough to tell states apart.
+    """
+    found = [
+        (path, node)
+        for path, node in jax.tree_util.tree_leaves_with_path(
+            opt_state, is_leaf=lambda node: isinstance(node, kind)
+        )
+        if isinstance(node, kind)
+    ]
+    by_group = {_label(path, jax.tree_util.DictKey): node for path, node in found}
+    if len(by_group) == len(found):
+        return by_group
+    keys = (jax.tree_util.DictKey, jax.tree_util.SequenceKey)
+    return {_label(path, keys): node for path, node in found}
+
+
+def _label(path: tuple[Any, ...], kinds: Any) -> str:
+    """Returns the keys of the given kinds on a path, each followed by a slash."""
+    return "".join(
+        jax.tree_util.keystr((key,), simple=True) + "/"
+        for key in path
+        if isinstance(key, kinds)
     )
-    return {_labels(path): node for path, node in found if isinstance(node, kind)}
-
-
-def _labels(path: tuple[Any, ...]) -> str:
-    """Returns the dict keys and positions of a path, without the field names."""
-    keys = (k for k in path if not isinstance(k, jax.tree_util.GetAttrKey))
-    return "".join(jax.tree_util.keystr((k,), simple=True) + "/" for k in keys)
-
-
-def _read(states: dict[str, Any], fields: tuple[str, ...]) -> dict[str, jax.Array]:
-    """Reads fields; a label leads the name only where there are several states."""
-    return {
-        (label if len(states) > 1 else "") + field: _scalar(getattr(state, field))
-        for label, state in states.items()
-        for field in fields
-    }
 
 
 def _scalar(field: Any) -> jax.Array:
@@ -61,8 +68,8 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     A pure function of the optimizer's state, usable inside ``jit``. The states are
     found at any depth: in chains, ``masked``, ``partition``, ``MultiSteps``,
     ``inject_hyperparams`` and in the ``opt_state`` of ``nnx.Optimizer``. Where there
-    are several regulators (one for each group of ``partition``, say), the name of
-    the group leads the key: ``"encoder/verdict"``.
+    are several (one for each group of ``partition``, say), the name of the group
+    leads the key: ``"encoder/verdict"``.
 
     ======================  ========================================================
     key                     meaning
@@ -113,10 +120,18 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
             "scale_by_micro_rate in it."
         )
     judges = {label: state.judge_state for label, state in regulators.items()}
-    return {
-        "macro_rate": jnp.ones((), jnp.float32),
-        **_read(regulators, _REGULATOR_FIELDS),
-        **_read(judges, ("avg_value", "best_value")),
-        **_read(macros, ("macro_rate", "num_macro_held")),
-        **_read(micros, ("num_micro_held",)),
-    }
+    groups = {**regulators, **macros, **micros}
+    report = {f"{label}macro_rate": jnp.ones((), jnp.float32) for label in groups}
+    for states, fields in (
+        (regulators, _REGULATOR_FIELDS),
+        (judges, ("avg_value", "best_value")),
+        (macros, ("macro_rate", "num_macro_held")),
+        (micros, ("num_micro_held",)),
+    ):
+        for label, state in states.items():
+            for field in fields:
+                report[label + field] = _scalar(getattr(state, field))
+    if len(groups) == 1:  # nothing to tell apart
+        (label,) = groups
+        report = {name.removeprefix(label): value for name, value in report.items()}
+    return report

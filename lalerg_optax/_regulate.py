@@ -9,13 +9,14 @@ import optax
 from jax import lax
 
 from ._anchor import (
+    Audit,
     copy_params,
     global_norm,
     refresh_anchor,
     take_audit,
     way_back,
 )
-from ._checks import check_range
+from ._checks import as_loss, check_range
 from ._gate import count_unless
 from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge
 
@@ -69,10 +70,21 @@ class ErrorRegulateState(NamedTuple):
     inner_state: optax.OptState
 
 
+def _keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns a scalar of the inner state; the old one if the new is not finite.
+
+    An estimate like the distance of Prodigy is 0 / 0 when the first gradient is
+    zero, and would stay so. For whole arrays this would cost a copy.
+    """
+    is_scalar_float = jnp.ndim(new) == 0 and jnp.issubdtype(new.dtype, jnp.inexact)
+    return jnp.where(jnp.isfinite(new), new, old) if is_scalar_float else new
+
+
 @functools.partial(jax.jit, inline=True)
 def _damp(
     damping: jax.Array,
     judgement: Judgement,
+    is_started: jax.Array,
     backoff_factor: jax.typing.ArrayLike,
     recovery_steps: jax.typing.ArrayLike,
 ) -> jax.Array:
@@ -87,7 +99,7 @@ def _damp(
 
     def cut() -> jax.Array:
         lower = jnp.maximum(damping * backoff_factor, _MIN_DAMPING)
-        return jnp.where(judgement.is_new_revert, lower, damping)
+        return jnp.where(judgement.is_new_revert & is_started, lower, damping)
 
     return lax.switch(judgement.verdict, (recover, keep, cut))
 
@@ -137,7 +149,8 @@ def error_regulate(
     * ``REVERT``, the second outlier in a row, or :math:`e_{drift} > 1`: params go
       back to the anchor, with the update :math:`a - p`, on this step and on the
       next. The damping is multiplied by ``backoff_factor``; it recovers from one
-      such cut over ``recovery_steps`` accepted steps.
+      such cut over ``recovery_steps`` accepted steps. With ``audit`` it stays 1
+      until an audit was good: until then the macro level lowers the rate itself.
 
     A rejected loss or norm enters its window as the largest value that was
     tolerated, so that the window follows a level that is there to stay. After
@@ -155,8 +168,10 @@ def error_regulate(
     every case.
 
     Two forms. *Nested*, ``error_regulate(inner)``: ``inner`` sees a zero gradient, a
-    ``value`` that is always usable, and the verdict (extra argument ``verdict``);
-    links of this package then keep their state. *Flat*, ``error_regulate()`` at the
+    ``value`` that is always usable, and the verdict (extra argument ``verdict``,
+    unless a line search's ``value_fn`` is among the extra arguments, because Optax
+    passes all others on to it); links of this package then keep their state. A scalar
+    in the state of ``inner`` that becomes NaN or infinite keeps its last value. *Flat*, ``error_regulate()`` at the
     end of a chain: the incoming updates are no gradients and their size follows the
     schedule, so only the loss is judged, and whether the updates are finite.
 
@@ -262,24 +277,19 @@ def error_regulate(
 
         # Measure: scalars only.
         grad_norm = global_norm(updates)
-        if value is not None:
-            if jnp.shape(value):
-                raise ValueError(
-                    "value must be a scalar, the mean loss of the batch, got shape "
-                    f"{jnp.shape(value)}."
-                )
-            value = jnp.asarray(value, jnp.float32)
+        value = as_loss(value)
         if axis_name is not None:
             value, grad_norm = lax.pmean((value, grad_norm), axis_name)
         is_due = state.anchor_age >= jnp.minimum(
             jnp.maximum(state.num_accepted // 8, _MIN_ANCHOR_EVERY), anchor_every
         )
-        report = None
-        is_failed = jnp.zeros((), jnp.bool_)
+        is_started, is_failed = jnp.ones((), jnp.bool_), jnp.zeros((), jnp.bool_)
         if audit:
-            report = take_audit(is_due, updates, grad_norm, state.anchor, params)
-            is_failed = report.is_taken & (report.alignment <= 0.0)
-            is_failed &= state.num_audits_passed == 0
+            is_seen, alignment = take_audit(
+                is_due, updates, grad_norm, state.anchor, params
+            )
+            is_started = state.num_audits_passed > 0
+            is_failed = is_seen & (alignment <= 0.0) & ~is_started
 
         # Judge.
         judgement, judge_state = judge(
@@ -302,8 +312,13 @@ def error_regulate(
         )
         is_healthy = jnp.max(jnp.stack(errors)) < _HEALTHY
         is_moved = is_due & is_accepted & is_healthy
-        if report is not None:  # one look back for each anchor
-            report = report._replace(is_taken=report.is_taken & is_moved)
+        report = None
+        if audit:  # one look back for each anchor
+            report = Audit(
+                is_taken=is_seen & is_moved,
+                alignment=alignment,
+                is_restart=judgement.is_new_revert & ~is_started,
+            )
 
         # Inner: sees nothing of a rejected batch.
         clipped = updates
@@ -316,18 +331,20 @@ def error_regulate(
             if value is None
             else jnp.where(is_accepted, value, judge_state.avg_value)
         )
+        extra_args["value"] = usable_value
+        if "grad" in extra_args:  # line searches take the gradient a second time
+            extra_args["grad"] = grads
+        if "value_fn" not in extra_args:  # and hand all else on to their value_fn
+            extra_args |= {"verdict": verdict, "audit": report}
         inner_updates, inner_state = chained.update(
-            grads,
-            state.inner_state,
-            params,
-            value=usable_value,
-            verdict=verdict,
-            audit=report,
-            **extra_args,
+            grads, state.inner_state, params, **extra_args
         )
+        inner_state = jax.tree.map(_keep_finite, inner_state, state.inner_state)
 
         # Act.
-        damping = _damp(state.damping, judgement, backoff_factor, recovery_steps)
+        damping = _damp(
+            state.damping, judgement, is_started, backoff_factor, recovery_steps
+        )
         anchor, gate = refresh_anchor(is_moved, state.anchor, params, damping)
 
         def act(p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
