@@ -171,9 +171,11 @@ def error_regulate(
     ``value`` that is always usable, and the verdict (extra argument ``verdict``,
     unless a line search's ``value_fn`` is among the extra arguments, because Optax
     passes all others on to it); links of this package then keep their state. A scalar
-    in the state of ``inner`` that becomes NaN or infinite keeps its last value. *Flat*, ``error_regulate()`` at the
-    end of a chain: the incoming updates are no gradients and their size follows the
-    schedule, so only the loss is judged, and whether the updates are finite.
+    in the state of ``inner`` that becomes NaN or infinite keeps its last value.
+
+    *Flat*, ``error_regulate()`` at the end of a chain: the incoming updates are no
+    gradients and their size follows the schedule, so only the loss is judged, and
+    whether the updates are finite.
 
     Scale invariant in the loss. Shift invariant as long as the noise of the loss is
     above 1e-5 of its level.

@@ -1,0 +1,496 @@
+"""The docstrings' equations once more: float64, plain loops, one step at a time.
+
+Written to be compared with and to be read, not to be fast. Parameters, gradients
+and updates are flat vectors; every object keeps its state to itself and changes it
+in ``update``. Names are those of the package's states.
+"""
+
+import math
+
+import numpy as np
+
+ACCEPT, SKIP, REVERT = 0, 1, 2
+RESTART = "restart"
+LARGEST = 1e37  # how an infinite error shows
+MAX_RATE = 2.0**40
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def global_norm(vector):
+    """Returns the l2 norm; infinite where its square is too large for a float32."""
+    square = 0.0
+    for x in vector:
+        square += float(x) ** 2
+    return math.inf if square > FLOAT32_MAX else math.sqrt(square)
+
+
+class LossHistory:
+    def __init__(self, size=128):
+        self.size = size
+        self.values = []
+        self.first_value = 0.0
+
+    def record(self, value):
+        if not math.isfinite(value):
+            return
+        if not self.values:
+            self.first_value = value
+        self.values.append(value)
+        self.values = self.values[-self.size :]
+
+    def centre_and_spread(self):
+        if not self.values:
+            return 0.0, 0.0
+        v = sorted(self.values)
+        last = len(v) - 1
+        median = v[last // 2]
+        upper = v[math.ceil(19 * last / 20)]
+        return median, (upper - median) / 1.645
+
+
+class MicroRate:
+    """``scale_by_micro_rate``."""
+
+    def __init__(self, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0):
+        self.b1, self.b2, self.eps, self.eps_root = b1, b2, eps, eps_root
+        self.micro_count = 0
+        self.num_micro_held = 0
+        self.mu = self.nu = 0.0
+
+    def update(self, grads, params, value, verdict=None, audit=None):
+        if verdict is None:
+            is_open = math.isfinite(global_norm(grads))
+        else:
+            is_open = verdict == ACCEPT
+        if verdict == REVERT:
+            self.mu = np.zeros_like(self.mu)
+        if audit == RESTART:
+            self.nu = np.zeros_like(self.nu)
+            self.micro_count = 0
+        if not is_open:
+            self.num_micro_held += 1
+            return np.zeros_like(params)
+        self.micro_count += 1
+        self.mu = self.b1 * self.mu + (1 - self.b1) * grads
+        self.nu = self.b2 * self.nu + (1 - self.b2) * grads**2
+        mu = self.mu / (1 - self.b1**self.micro_count)
+        nu = self.nu / (1 - self.b2**self.micro_count)
+        return mu / (np.sqrt(nu + self.eps_root) + self.eps)
+
+
+class MacroRate:
+    """``scale_by_macro_rate``."""
+
+    def __init__(
+        self,
+        *,
+        search=True,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        slow_growth_factor=1.05,
+        max_slow_growth=8.0,
+        good_alignment=0.25,
+        audit_every=16,
+    ):
+        self.growth_factor = growth_factor
+        self.backoff_factor = backoff_factor
+        self.slow_growth_factor = slow_growth_factor
+        self.max_slow_growth = max_slow_growth
+        self.good_alignment = good_alignment
+        self.audit_every = audit_every
+        self.macro_rate = 1.0
+        self.macro_max_rate = MAX_RATE if search else 1.0
+        self.is_searching = search
+        self.has_improved = not search  # without a search there is nothing to find
+        self.is_reverting = False
+        self.avg_alignment = 0.0
+        self.best_alignment = 0.0
+        self.window = []
+        self.last_window_mean = 0.0
+        self.best_window_mean = 0.0
+        self.num_windows = 0
+        self.num_macro_held = 0
+
+    def update(self, updates, params, value, verdict=None, audit=None):
+        """Scales the updates.
+
+        ``audit`` is None without a regulator that takes audits. With one, it is the
+        alignment at the steps with an audit, `RESTART` where params go back to the
+        start, and False at all others.
+        """
+        if verdict is None:
+            loss_is_finite = value is None or math.isfinite(value)
+            is_open = loss_is_finite and math.isfinite(global_norm(updates))
+        else:
+            is_open = verdict == ACCEPT
+        was_reverting, self.is_reverting = self.is_reverting, verdict == REVERT
+        if not is_open:
+            self.num_macro_held += 1
+            if self.is_reverting and not was_reverting:  # two steps, one REVERT
+                self.cut()
+                self.window = []
+            return np.zeros_like(params)
+        self.window.append(0.0 if value is None else float(np.clip(value, -1e16, 1e16)))
+        if audit is None:
+            if len(self.window) >= self.audit_every and value is not None:
+                self.audit_window()
+                self.start_window(value)
+        elif audit is not False:
+            self.audit_alignment(audit, value)
+            self.start_window(value)
+        return self.macro_rate * updates
+
+    def audit_window(self):
+        if self.num_windows == 0:
+            return  # the first window is what the second is compared with
+        count = len(self.window)
+        mean = sum(self.window) / count
+        variance = sum((x - mean) ** 2 for x in self.window) / (count - 1)
+        margin = 2.0 * math.sqrt(variance / count)
+        rise = mean - self.last_window_mean
+        is_good = rise < -margin
+        if self.is_searching and is_good:
+            self.has_improved = True
+            self.end_search()
+        else:
+            self.adapt(is_good, rise > margin, mean < self.best_window_mean)
+
+    def audit_alignment(self, alignment, value):
+        if self.has_improved:
+            self.avg_alignment = 0.5 * self.avg_alignment + 0.5 * alignment
+        else:
+            self.avg_alignment = alignment
+        self.best_alignment = max(self.best_alignment, self.avg_alignment)
+        is_good = self.avg_alignment > self.good_alignment * self.best_alignment
+        mean = sum(self.window) / len(self.window)
+        is_best = self.num_windows == 0 or mean < self.best_window_mean
+        self.adapt(is_good, not is_good, is_best and value is not None)
+
+    def start_window(self, value):
+        mean = sum(self.window) / len(self.window)
+        if value is not None and (
+            self.num_windows == 0 or mean < self.best_window_mean
+        ):
+            self.best_window_mean = mean
+        self.last_window_mean = mean
+        self.num_windows += 1
+        self.window = []
+
+    def adapt(self, is_good, is_bad, is_best):
+        if self.is_searching and is_bad:
+            self.cut()
+        elif self.is_searching:
+            self.macro_rate = min(
+                self.growth_factor * self.macro_rate, self.macro_max_rate
+            )
+            if self.macro_rate >= self.macro_max_rate:
+                self.end_search()
+        elif is_best:
+            self.macro_rate = min(
+                self.slow_growth_factor * self.macro_rate, self.macro_max_rate
+            )
+        self.has_improved = self.has_improved or is_good
+
+    def cut(self):
+        too_high = self.macro_rate
+        if self.has_improved:
+            self.macro_rate = max(self.backoff_factor * too_high, 1 / MAX_RATE)
+            if self.is_searching:
+                self.end_search()
+        else:
+            self.macro_rate = max(self.backoff_factor**4 * too_high, 1 / MAX_RATE)
+            self.macro_max_rate = max(too_high / self.growth_factor, 1 / MAX_RATE)
+
+    def end_search(self):
+        self.is_searching = False
+        self.macro_max_rate = min(self.max_slow_growth * self.macro_rate, MAX_RATE)
+
+
+class AddDecayedWeights:
+    """``optax.add_decayed_weights``."""
+
+    def __init__(self, weight_decay):
+        self.weight_decay = weight_decay
+
+    def update(self, updates, params, value, verdict=None, audit=None):
+        return updates + self.weight_decay * params
+
+
+class LearningRate:
+    """``optax.scale_by_learning_rate``."""
+
+    def __init__(self, learning_rate):
+        self.learning_rate = learning_rate
+
+    def update(self, updates, params, value, verdict=None, audit=None):
+        return -self.learning_rate * updates
+
+
+class Momentum:
+    """``optax.trace``: with `LearningRate` behind it, ``optax.sgd``."""
+
+    def __init__(self, decay):
+        self.decay = decay
+        self.trace = 0.0
+
+    def update(self, updates, params, value, verdict=None, audit=None):
+        self.trace = updates + self.decay * self.trace
+        return self.trace
+
+
+class Chain:
+    """``optax.chain``."""
+
+    def __init__(self, *links):
+        self.links = links
+
+    def update(self, updates, params, value, verdict=None, audit=None):
+        for link in self.links:
+            updates = link.update(updates, params, value, verdict, audit)
+        return updates
+
+
+class ErrorRegulate:
+    """``error_regulate``."""
+
+    def __init__(
+        self,
+        inner=None,
+        *,
+        params,
+        threshold=6.0,
+        progress_fraction=0.1,
+        patience=32,
+        anchor_every=32,
+        backoff_factor=0.5,
+        recovery_steps=64,
+        clip_norm=None,
+        audit=False,
+    ):
+        self.inner = inner
+        self.threshold = threshold
+        self.progress_fraction = progress_fraction
+        self.patience = patience
+        self.anchor_every = anchor_every
+        self.backoff_factor = backoff_factor
+        self.recovery_steps = recovery_steps
+        self.clip_norm = clip_norm
+        self.audit = audit
+
+        self.loss_history = LossHistory()
+        self.norm_history = LossHistory()
+        self.avg_value = self.avg_deviation = self.best_value = 0.0
+        self.num_averaged = 0
+        self.num_rejected_in_row = 0
+        self.num_finite_rejected_in_row = 0
+        self.restore_pending = False
+
+        self.verdict = ACCEPT
+        self.reason = ""  # not in the package: what the tests count
+        self.scaled_error = self.scaled_norm_error = self.scaled_drift = 0.0
+        self.grad_norm = self.alignment = 0.0
+        self.damping = 1.0
+        self.num_accepted = self.num_skipped = self.num_reverted = 0
+        self.num_audits_passed = 0
+        self.anchor_age = 0
+        self.anchor = params.copy()
+
+    def update(self, grads, params, value):
+        """Judges a step, and returns the update."""
+        norm = global_norm(grads)
+        self.grad_norm = norm if math.isfinite(norm) else LARGEST
+        steps_needed = min(max(self.num_accepted // 8, 4), self.anchor_every)
+        is_due = self.anchor_age >= steps_needed
+        alignment = self.look_back(grads, params) if self.audit and is_due else None
+        audit_failed = (
+            alignment is not None and alignment <= 0.0 and self.num_audits_passed == 0
+        )
+        self.judge(value, norm, audit_failed)
+
+        if self.verdict == ACCEPT:
+            return self.accept(grads, params, value, is_due, alignment)
+        if self.inner is not None:
+            nothing = np.zeros_like(params)
+            usable = None if value is None else self.avg_value
+            audit = False if self.audit else None
+            is_started = self.num_audits_passed > 0
+            if self.audit and not is_started and self.restore_pending:
+                audit = RESTART
+            self.inner.update(nothing, params, usable, self.verdict, audit)
+        if self.verdict == SKIP:
+            self.num_skipped += 1
+            return np.zeros_like(params)
+        self.num_reverted += 1
+        self.anchor_age = 0
+        is_started = not self.audit or self.num_audits_passed > 0
+        if self.restore_pending and is_started:  # the first of the two steps
+            self.damping = max(self.backoff_factor * self.damping, 2.0**-10)
+        return self.anchor - params
+
+    def accept(self, grads, params, value, is_due, alignment):
+        """Returns the update of an accepted step, and moves the anchor."""
+        self.num_accepted += 1
+        errors = (self.scaled_error, self.scaled_norm_error, self.scaled_drift)
+        self.anchor_age += 1
+        audit = False if self.audit else None
+        if is_due and max(errors) < 0.5:
+            self.anchor = params.copy()
+            self.anchor_age = 0
+            if alignment is not None:
+                audit = self.alignment = alignment
+                self.num_audits_passed += alignment > 0.0
+
+        norm = global_norm(grads)
+        if self.clip_norm is not None and norm > self.clip_norm:
+            grads = grads * (self.clip_norm / norm)
+        updates = grads
+        if self.inner is not None:
+            updates = self.inner.update(grads, params, value, self.verdict, audit)
+        recovery = self.backoff_factor ** (-1.0 / self.recovery_steps)
+        self.damping = min(recovery * self.damping, 1.0)
+        return self.damping * updates
+
+    def look_back(self, grads, params):
+        """Returns the alignment, or None where there is nothing to see."""
+        way_back = self.anchor - params
+        lengths = global_norm(grads) * global_norm(way_back)
+        if not 0.0 < lengths < math.inf:
+            return None
+        return float(np.clip(np.dot(grads, way_back) / lengths, -1.0, 1.0))
+
+    def judge(self, value, norm, audit_failed):
+        """Sets the verdict, and what the next one is based on."""
+        loss = 0.0 if value is None else value
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+
+        # the errors of loss and norm, and the largest values that are tolerated
+        median, spread = self.loss_history.centre_and_spread()
+        loss_tolerance = max(
+            self.threshold * spread,
+            self.progress_fraction * (self.loss_history.first_value - median),
+            1e-5 * abs(median),
+            1e-30,
+        )
+        self.scaled_error = self.error(self.loss_history, loss, median, loss_tolerance)
+        loss_limit = median + loss_tolerance
+
+        log_norm = math.nan if math.isnan(norm) or norm == 0.0 else math.log(norm)
+        median, spread = self.norm_history.centre_and_spread()
+        norm_tolerance = max(self.threshold * spread, math.log(4.0))
+        self.scaled_norm_error = self.error(
+            self.norm_history, log_norm, median, norm_tolerance
+        )
+        norm_limit = median + norm_tolerance
+        if norm == 0.0:
+            self.scaled_norm_error = 0.0
+        if self.inner is None and value is not None:
+            self.scaled_norm_error = 0.0 if math.isfinite(norm) else LARGEST
+
+        is_outlier = max(self.scaled_error, self.scaled_norm_error) > 1.0
+        is_new_level = is_finite and self.num_finite_rejected_in_row >= self.patience
+        if is_new_level:
+            self.num_averaged = 0
+
+        # the average after this loss, if it is one to be averaged, and the drift
+        avg, deviation, best = self.avg_value, self.avg_deviation, self.best_value
+        if is_new_level or not is_outlier:
+            mean_weight = 1.0 / (self.num_averaged + 1)
+            avg += max(0.05, mean_weight) * (loss - avg)
+            deviation += max(0.01, mean_weight) * (abs(loss - avg) - deviation)
+            best = avg if self.num_averaged == 0 else min(best, avg)
+        self.scaled_drift = 0.0
+        if self.num_averaged >= 128:
+            drift_tolerance = max(
+                4.0 * self.avg_deviation,
+                (self.loss_history.first_value - best) / 2.0,
+                1e-5 * abs(best),
+                1e-30,
+            )
+            self.scaled_drift = min((avg - best) / drift_tolerance, LARGEST)
+
+        # the verdict
+        if self.restore_pending:
+            self.verdict, self.reason = REVERT, "revert again"
+            self.restore_pending = False
+        elif is_new_level:
+            self.verdict, self.reason = ACCEPT, "new level"
+        elif audit_failed:
+            self.verdict, self.reason = REVERT, "failed audit"
+        elif is_outlier and self.num_rejected_in_row == 1:
+            self.verdict, self.reason = REVERT, "second outlier"
+        elif is_outlier:
+            self.verdict = SKIP
+            is_first = self.num_rejected_in_row == 0
+            self.reason = "first outlier" if is_first else "outlier after revert"
+        elif self.scaled_drift > 1.0:
+            self.verdict, self.reason = REVERT, "drift"
+        else:
+            self.verdict, self.reason = ACCEPT, ""
+
+        # what is remembered: averages
+        if self.verdict == ACCEPT:
+            self.avg_value, self.avg_deviation = avg, deviation
+            self.best_value = best + (avg - best) / 1024.0
+            self.num_averaged = min(self.num_averaged + 1, 128)
+            self.num_rejected_in_row = self.num_finite_rejected_in_row = 0
+        else:
+            self.num_rejected_in_row += 1
+            self.num_finite_rejected_in_row += is_finite
+        if self.reason in ("second outlier", "failed audit", "drift"):
+            self.restore_pending = True
+        if self.reason in ("failed audit", "drift"):
+            self.num_averaged = 0
+
+        # what is remembered: windows
+        if audit_failed or is_new_level:
+            self.loss_history, self.norm_history = LossHistory(), LossHistory()
+        if audit_failed:
+            return
+        if is_new_level:
+            loss_limit = norm_limit = math.inf
+        if value is not None:
+            self.record(self.loss_history, loss, loss_limit)
+        self.record(self.norm_history, log_norm, norm_limit)
+
+    @staticmethod
+    def error(history, value, median, tolerance):
+        if not math.isfinite(value):
+            return LARGEST
+        if len(history.values) < 16:
+            return 0.0
+        return min(max((value - median) / tolerance, -LARGEST), LARGEST)
+
+    @staticmethod
+    def record(history, value, limit):
+        """Records a value, at most the largest that was tolerated."""
+        if len(history.values) < 16:
+            limit = LARGEST  # all finite values are tolerated
+        history.record(math.nan if math.isnan(value) else min(value, limit))
+
+
+def lalerg(
+    learning_rate=1e-3,
+    *,
+    params,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=1e-4,
+    clip_norm=None,
+    search=True,
+    threshold=6.0,
+    anchor_every=32,
+):
+    return ErrorRegulate(
+        Chain(
+            MicroRate(b1, b2, eps),
+            AddDecayedWeights(weight_decay),
+            MacroRate(search=search),
+            LearningRate(learning_rate),
+        ),
+        params=params,
+        threshold=threshold,
+        anchor_every=anchor_every,
+        clip_norm=clip_norm,
+        audit=search,
+    )
