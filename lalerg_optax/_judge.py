@@ -128,13 +128,15 @@ def _scaled_rise(
 def _averages(state: JudgeState, loss: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the average loss, its deviation and its best after ``loss``."""
     mean_weight = 1.0 / (state.num_averaged.astype(jnp.float32) + 1.0)
+    is_first = state.num_averaged == 0
     avg = state.avg_value + jnp.maximum(1.0 - _AVG_DECAY, mean_weight) * (
         loss - state.avg_value
     )
+    avg = jnp.where(is_first, loss, avg)  # a difference from a huge one would be lost
     deviation = state.avg_deviation + jnp.maximum(
         1.0 - _DEVIATION_DECAY, mean_weight
     ) * (jnp.abs(loss - avg) - state.avg_deviation)
-    best = jnp.where(state.num_averaged == 0, avg, jnp.minimum(state.best_value, avg))
+    best = jnp.where(is_first, avg, jnp.minimum(state.best_value, avg))
     return avg, deviation, best
 
 
@@ -264,7 +266,8 @@ def judge(
             history,
         )
         clipped = jnp.where(is_new_level, signal, jnp.minimum(signal, limit))
-        return history.record(jnp.where(failed_audit, jnp.nan, clipped))
+        is_recorded = jnp.isfinite(signal) & ~failed_audit
+        return history.record(jnp.where(is_recorded, clipped, jnp.nan))
 
     if value is not None:
         new_state = new_state._replace(

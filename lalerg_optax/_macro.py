@@ -69,6 +69,7 @@ def scale_by_macro_rate(
     The rate :math:`r` is a number without unit that starts at 1 and multiplies the
     updates: chain ``optax.scale_by_learning_rate(learning_rate)`` behind it. From
     time to time an *audit* tells whether the steps since the last one were good, and
+    before the update of that step is scaled
 
     .. math::
 
@@ -76,12 +77,13 @@ def scale_by_macro_rate(
             \min(growth \cdot r,\; r_{max}) & \text{the search goes on} \\
             \min(slow\_growth \cdot r,\; r_{max})
                 & \text{search is over, mean loss of the window is the best so far} \\
-            backoff \cdot r     & \text{bad, or a REVERT, after a good audit} \\
-            backoff^4 \cdot r   & \text{bad, or a REVERT, before any good audit}
+            backoff \cdot r     & \text{bad while searching, or a REVERT} \\
+            backoff^4 \cdot r   & \text{the same before any good audit}
         \end{cases}
 
     Being bad after a good audit ends the search, and so does reaching
-    :math:`r_{max}`; then :math:`r_{max} = max\_slow\_growth \cdot r`. Being bad
+    :math:`r_{max}`; then :math:`r_{max} = max\_slow\_growth \cdot r`, with the new
+    :math:`r`. A REVERT counts as being bad, once for its two steps. Being bad
     before a good audit sets :math:`r_{max} = r / growth`, with the rate that was too
     high; the cut is deep because what a good audit looks like is learnt from below.
 
@@ -90,14 +92,17 @@ def scale_by_macro_rate(
     between a fresh gradient and the way back to the anchor), an audit is good while
     :math:`c > good\_alignment \cdot \max c`. Bad before any good one is a REVERT.
 
-    Alone, an audit falls due every ``audit_every`` accepted steps and compares the
-    mean loss of this window with that of the last one: good if it fell by more than
-    2 standard errors, bad if it rose by more than 2 standard errors. While it does
+    Alone, or with a regulator that takes no audits, one falls due every
+    ``audit_every`` accepted steps and compares the mean loss of this window with that
+    of the last one, the first window being only a mark: good if it fell by more than
+    2 standard errors of this mean, bad if it rose by as much. While it does
     neither, the rate grows; the first good audit ends the search, because there is
     no way back from a rate that is too bold.
 
     A step that is not accepted, or alone one with a loss or an update that is not
-    finite, gives a zero update and leaves the state as it was.
+    finite, gives a zero update; a SKIP leaves rate and window as they were, a REVERT
+    empties the window. Losses are clipped to 1e16 in magnitude. With
+    ``search=False``, :math:`r_{max} = 1` from the start and a cut is ``backoff``.
 
     Args:
       search: whether to look for the rate by leaps; if False, the rate only ever

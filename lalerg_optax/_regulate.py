@@ -43,7 +43,7 @@ class ErrorRegulateState(NamedTuple):
       num_skipped: number of steps skipped, int32.
       num_reverted: number of steps spent on reverts (two each), int32.
       num_audits_passed: number of audits with a positive alignment, int32.
-      anchor_age: accepted steps since the anchor was set, int32.
+      anchor_age: accepted updates by which params are away from the anchor, int32.
 
     Carried:
 
@@ -137,31 +137,46 @@ def error_regulate(
         e_{drift} &= \frac{\bar L - \bar L^*}
                           {\max(4 d,\; (L_1 - \bar L^*) / 2,\; 10^{-5} |\bar L^*|)}
 
-    with :math:`k` = ``threshold`` and :math:`\varphi` = ``progress_fraction``. A
-    loss or norm that is not finite has an infinite error. The first two are 0 until
-    16 values are known, the third until 128 are. A norm of 0 has no error.
+    with :math:`k` = ``threshold`` and :math:`\varphi` = ``progress_fraction``. The
+    windows and :math:`d` are those before this step, the averages those with
+    :math:`L_t`; an average weighs its n-th value with the larger of 1/n and 1 - decay,
+    and :math:`\bar L^*` fades towards :math:`\bar L` by 1/1024 an accepted step. A
+    loss or norm that is not finite, or whose square overflows float32, has an infinite
+    error, shown as 1e37. The first two errors are 0 until 16 values are known, the
+    third until 128 are. A norm of 0 has no error and is not recorded.
 
     **Verdict.** An *outlier* has :math:`\max(e_{loss}, e_{norm}) > 1`.
 
     * ``ACCEPT``, no outlier and no drift: the update of ``inner`` times the damping.
-    * ``SKIP``, the first outlier in a row, which may be a bad batch, and those that
-      follow a revert: update zero, params stay.
-    * ``REVERT``, the second outlier in a row, or :math:`e_{drift} > 1`: params go
-      back to the anchor, with the update :math:`a - p`, on this step and on the
-      next. The damping is multiplied by ``backoff_factor``; it recovers from one
-      such cut over ``recovery_steps`` accepted steps. With ``audit`` it stays 1
-      until an audit was good: until then the macro level lowers the rate itself.
+      An entry whose update would make its parameter infinite stays.
+    * ``SKIP``, the first outlier in a row, which may be a bad batch, and those from the
+      third rejected step in a row on: update zero, params stay.
+    * ``REVERT``, when the step before was the first outlier and this is another, or
+      :math:`e_{drift} > 1`: params go back to the anchor, with the update
+      :math:`a - p`, on this step and, whatever its loss, on the next. The damping is
+      multiplied by ``backoff_factor``, down to 2^-10 at least; every accepted step
+      multiplies it by ``backoff_factor ** (-1 / recovery_steps)``, up to 1. After a
+      drift the averages start anew.
 
-    A rejected loss or norm enters its window as the largest value that was
-    tolerated, so that the window follows a level that is there to stay. After
-    ``patience`` finite steps rejected in a row the windows start anew and the step
-    is accepted: at most ``patience + 1`` finite steps are rejected in a row, whatever
-    the losses.
+    A finite loss or norm above what is tolerated enters its window as the largest
+    tolerated value, so that the window follows a level that is there to stay. After
+    ``patience`` finite steps rejected in a row (others in between do not count)
+    windows, :math:`L_1` and averages start anew and the step is accepted: at most
+    ``patience + 1`` finite steps are rejected in a row, whatever the losses.
 
-    **Anchor.** A copy of the params, moved to the current ones when the step is
-    accepted, all errors are below 1/2, and a number of accepted steps has passed
-    since the last time: an eighth of all of them, at least 4 and at most
-    ``anchor_every``.
+    **Anchor.** A copy of the params before the update of the step, made when the step
+    is accepted, all errors are below 1/2, and params are at least so many accepted
+    updates away from it: an eighth of all accepted so far (rounded down), at least 4
+    and at most ``anchor_every``. An entry that is not finite is not copied.
+
+    **Audit**, if asked for: whenever the anchor is about to move, the regulator looks
+    back at it with the fresh gradient, :math:`c = \langle g, a - p \rangle / (|g|
+    |a - p|)`, and tells ``inner`` (extra argument ``audit``). Until :math:`c > 0` for
+    the first time, :math:`c \le 0` is an error as well: the first steps led nowhere,
+    the learning rate is too high, and params REVERT to the start; windows, :math:`L_1`
+    and averages start anew without this loss. Until then no REVERT cuts the damping,
+    and ``audit.is_restart`` tells links to start anew, too: lowering the rate is the
+    macro level's business.
 
     **Exactness.** ``p + (a - p)`` is ``a`` up to rounding; given twice it is ``a``
     bit for bit, unless ``p`` is not finite. `apply_updates` gives ``a`` at once in
@@ -192,10 +207,7 @@ def error_regulate(
       recovery_steps: accepted steps in which one cut is made good, above 0.
       clip_norm: if given, gradients are scaled down to this global norm, above 0;
         the norm is judged before.
-      audit: whether to look back at the anchor before moving it, and to tell
-        ``inner`` (extra argument ``audit``) whether the steps since then led
-        downhill. Until that was so for the first time, its contrary is an error as
-        well: the learning rate is too high from the start, and params REVERT.
+      audit: whether to look back at the anchor before moving it (see above).
       axis_name: name of the mapped axes (``shard_map``, ``pmap``) over which value
         and norm are averaged, so that all devices decide alike. Not needed under
         plain ``jit`` with sharded arrays.
@@ -362,7 +374,7 @@ def error_regulate(
             grad_norm=jnp.nan_to_num(grad_norm, nan=LARGEST, posinf=LARGEST),
             alignment=state.alignment
             if report is None
-            else jnp.where(report.is_taken, report.alignment, state.alignment),
+            else jnp.where(is_failed | report.is_taken, alignment, state.alignment),
             damping=damping,
             num_accepted=count_unless(~is_accepted, state.num_accepted),
             num_skipped=count_unless(is_accepted | is_reverted, state.num_skipped),
@@ -372,8 +384,11 @@ def error_regulate(
             else count_unless(
                 ~(report.is_taken & (report.alignment > 0.0)), state.num_audits_passed
             ),
+            # the anchor is what params were before the update of this step
             anchor_age=jnp.where(
-                is_moved | is_reverted, 0, count_unless(~is_accepted, state.anchor_age)
+                is_moved,
+                1,
+                jnp.where(is_reverted, 0, count_unless(~is_accepted, state.anchor_age)),
             ),
             judge_state=judge_state,
             anchor=anchor,

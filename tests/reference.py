@@ -306,6 +306,8 @@ class ErrorRegulate:
             alignment is not None and alignment <= 0.0 and self.num_audits_passed == 0
         )
         self.judge(value, norm, audit_failed)
+        if audit_failed:
+            self.alignment = alignment
 
         if self.verdict == ACCEPT:
             return self.accept(grads, params, value, is_due, alignment)
@@ -335,7 +337,7 @@ class ErrorRegulate:
         audit = False if self.audit else None
         if is_due and max(errors) < 0.5:
             self.anchor = params.copy()
-            self.anchor_age = 0
+            self.anchor_age = 1
             if alignment is not None:
                 audit = self.alignment = alignment
                 self.num_audits_passed += alignment > 0.0
@@ -465,7 +467,7 @@ class ErrorRegulate:
         """Records a value, at most the largest that was tolerated."""
         if len(history.values) < 16:
             limit = LARGEST  # all finite values are tolerated
-        history.record(math.nan if math.isnan(value) else min(value, limit))
+        history.record(min(value, limit) if math.isfinite(value) else math.nan)
 
 
 def lalerg(

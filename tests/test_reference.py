@@ -287,6 +287,17 @@ def test_every_step_is_that_of_the_reference(name, seed, with_scan):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_revert_before_there_was_an_audit_is_that_of_the_reference(seed):
+    inputs, targets, added, *rest = faulty_batches(seed, True)
+    added[2:4] = np.nan
+    name = "lalerg, rate far too high"
+    seen = train(name, (inputs, targets, added, *rest), with_scan=True)
+    expected = train_reference(name, seen["loss"], seen["grads"])
+    assert_same(seen, expected)
+    assert expected["reason"][3] == "second outlier"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_slow_rise_that_undoes_half_of_the_progress_is_that_of_the_reference(seed):
     inputs, targets, *_ = faulty_batches(seed, True)
     time = np.arange(NUM_STEPS)

@@ -283,3 +283,33 @@ def test_one_nan_does_not_freeze_the_judge():
         verdicts.append(int(state.verdict))
     rejected = [t for t, verdict in enumerate(verdicts) if verdict != Verdict.ACCEPT]
     assert rejected == [150, 152], "the next outlier is still found"
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_an_infinite_first_loss_does_not_blind_the_judge(bad):
+    tx = lo.error_regulate(optax.sgd(1e-3))
+    step = quadratic_step(tx)
+    params = jnp.zeros(6)
+    params, state = step(params, tx.init(params), bad, jnp.full(6, bad))
+    for _ in range(60):
+        params, state = step(params, state, 0.0, jnp.zeros(6))
+    assert state.judge_state.loss_history.first_value == 6.0
+    _, after_loss = step(params, state, 1e4, jnp.zeros(6))
+    _, after_norm = step(params, state, 0.0, jnp.full(6, 1e4))
+    assert after_loss.verdict == after_norm.verdict == Verdict.SKIP
+
+
+def test_an_average_that_starts_anew_forgets_how_large_the_old_one_was():
+    tx = lo.lalerg(1e6)
+    step = quadratic_step(tx)
+    params = jnp.zeros(6)
+    state = tx.init(params)
+    averages, verdicts = [], []
+    for _ in range(8):
+        params, state = step(params, state, 0.0, jnp.zeros(6))
+        averages.append(float(state.judge_state.avg_value))
+        verdicts.append(int(state.verdict))
+    restart = verdicts.index(Verdict.REVERT)
+    assert averages[restart - 1] > 1e10
+    assert verdicts[restart + 2] == Verdict.ACCEPT
+    assert averages[restart + 2] == 6.0, "the loss of the start, where it went back to"
