@@ -17,9 +17,9 @@ class Audit(NamedTuple):
     Attributes:
       is_taken: whether there was a look back at this step, bool scalar.
       alignment: cosine between the fresh gradient and the way back to the anchor,
-        float32 scalar in [-1, 1]; 0 where ``is_taken`` is false. Positive: by the
-        light of a batch that they have not seen, the steps since the anchor led
-        downhill, and the slope goes on.
+        float32 scalar in [-1, 1]. Positive: by the light of a batch that they have
+        not seen, the steps since the anchor led downhill, and the slope goes on.
+        Exactly 0: params did not move at all, or no audit was taken.
       is_restart: whether params go back to where the run began because no audit was
         good yet, bool scalar: what was gathered on the way is void.
     """
@@ -58,11 +58,11 @@ def take_audit(
     anchor: PyTree,
     params: PyTree,
 ) -> tuple[jax.Array, jax.Array]:
-    """Looks back at the anchor where that is due: was it seen, and the alignment.
+    """Looks back at the anchor where that is due: was one taken, and the alignment.
 
     The alignment is ``<g, a - p> / (|g| |a - p|)`` for gradient ``g``, anchor ``a``
-    and params ``p``. There is nothing to be seen, and no audit, where the params
-    have not moved or anything is not finite.
+    and params ``p``, and 0 where the params have not moved. There is no audit where
+    the gradient is zero or anything is not finite.
     """
 
     def look_back() -> tuple[jax.Array, jax.Array]:
@@ -72,14 +72,15 @@ def take_audit(
             product += jnp.sum(g * (a - p))
             # p - a, not a - p: what two sums have in common, XLA would store
             square += jnp.sum(jnp.square(p - a))
-        cosine = product / (grad_norm * jnp.sqrt(square))
-        return jnp.isfinite(cosine), jnp.nan_to_num(cosine, nan=0.0)
+        length = grad_norm * jnp.sqrt(square)
+        cosine = jnp.where(length > 0.0, product / length, 0.0)
+        is_taken = jnp.isfinite(cosine) & jnp.isfinite(length) & (grad_norm > 0.0)
+        return is_taken, jnp.where(is_taken, jnp.clip(cosine, -1.0, 1.0), 0.0)
 
     def look_nowhere() -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((), jnp.bool_), jnp.zeros((), jnp.float32)
 
-    is_taken, alignment = lax.cond(is_due, look_back, look_nowhere)
-    return is_taken, jnp.where(is_taken, jnp.clip(alignment, -1.0, 1.0), 0.0)
+    return lax.cond(is_due, look_back, look_nowhere)
 
 
 @functools.partial(jax.jit, inline=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_range(
@@ -18,11 +19,13 @@ def check_range(
 ) -> None:
     """Raises a ValueError unless ``value`` lies between ``low`` and ``high``.
 
-    Only Python numbers are checked: an array or a tracer is how
-    ``optax.inject_hyperparams`` hands a hyperparameter in, and has no value yet.
+    An array or a tracer passes: that is how ``optax.inject_hyperparams`` hands a
+    hyperparameter in, and it may have no value yet.
     """
-    if not isinstance(value, int | float):
+    if isinstance(value, jax.Array):
         return
+    if not isinstance(value, int | float | np.number | np.ndarray):
+        raise ValueError(f"{name} must be a number, got {name} = {value!r}.")
     high_open = high_open or math.isinf(high)
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 WINDOW = 128  # the skip-step rules of MaxText, levanter and OLMo use the same length
+NUM_START_VALUES = 16  # an upper quantile of fewer values says nothing
 
 _Z95 = 1.645  # the 95th percentile of a standard normal variable
 
@@ -21,15 +22,16 @@ class LossHistory(NamedTuple):
         that were never written hold zero and are not looked at.
       next_index: the slot that the next value goes to, int32, shape ``()``.
       num_values: number of slots in use, at most ``size``, int32, shape ``()``.
-      first_value: the first value ever recorded, float32, shape ``()``.
+      start_value: the smallest of the first 16 values, float32, shape ``()``: where
+        the signal started from, told without a huge first value or two.
 
     Example:
       >>> import lalerg_optax as lo
       >>> history = lo.LossHistory.empty(size=4)
       >>> for loss in (4.0, 3.0, float("nan"), 2.0):
       ...     history = history.record(loss)
-      >>> int(history.num_values), float(history.first_value)
-      (3, 4.0)
+      >>> int(history.num_values), float(history.start_value)
+      (3, 2.0)
       >>> median, upper_spread = history.centre_and_spread()
       >>> float(median)
       3.0
@@ -38,7 +40,7 @@ class LossHistory(NamedTuple):
     values: jax.Array
     next_index: jax.Array
     num_values: jax.Array
-    first_value: jax.Array
+    start_value: jax.Array
 
     @classmethod
     def empty(cls, size: int = WINDOW) -> "LossHistory":
@@ -49,7 +51,7 @@ class LossHistory(NamedTuple):
             values=jnp.zeros((size,), jnp.float32),
             next_index=jnp.zeros((), jnp.int32),
             num_values=jnp.zeros((), jnp.int32),
-            first_value=jnp.zeros((), jnp.float32),
+            start_value=jnp.zeros((), jnp.float32),
         )
 
     def record(self, value: jax.typing.ArrayLike) -> "LossHistory":
@@ -64,8 +66,12 @@ class LossHistory(NamedTuple):
             num_values=jnp.where(
                 finite, jnp.minimum(self.num_values + 1, size), self.num_values
             ),
-            first_value=jnp.where(
-                finite & (self.num_values == 0), value, self.first_value
+            start_value=jnp.where(
+                finite & (self.num_values < min(NUM_START_VALUES, size)),
+                jnp.where(
+                    self.num_values == 0, value, jnp.minimum(self.start_value, value)
+                ),
+                self.start_value,
             ),
         )
 

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._history import LossHistory
+from ._history import NUM_START_VALUES, LossHistory
 
 LARGEST = 1e37  # larger magnitudes are treated as this one: sums must not overflow
 _SMALLEST = 1e-30
-_MIN_VALUES = 16  # an upper quantile of fewer values says nothing
 _RESOLUTION = 1e-5  # of the median: about 100 units of float32's last place
 _LOG_NORM_FLOOR = math.log(4.0)  # a four-fold gradient norm is tolerated
 
@@ -109,16 +108,18 @@ def _scaled_rise(
     threshold: jax.typing.ArrayLike,
     floor: jax.typing.ArrayLike,
     progress_fraction: jax.typing.ArrayLike,
+    min_values: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns ``(value - median) / tolerance``, and the largest tolerated value."""
     median, spread = history.centre_and_spread()
-    progress = jnp.maximum(history.first_value - median, 0.0)
-    tolerance = jnp.maximum(
-        jnp.maximum(threshold * spread, progress_fraction * progress),
-        jnp.maximum(floor, _resolution(median)),
+    progress = jnp.maximum(history.start_value - median, 0.0)
+    scale = jnp.maximum(
+        jnp.maximum(threshold * spread, progress_fraction * progress), floor
     )
+    tolerance = jnp.maximum(scale, _resolution(median))
     rise = jnp.clip((value - median) / tolerance, -LARGEST, LARGEST)
-    known = history.num_values >= _MIN_VALUES
+    # a signal that was never anything but constant tells nothing of its scale
+    known = (history.num_values >= min_values) & (scale > 0.0)
     return (
         jnp.where(jnp.isfinite(value), jnp.where(known, rise, 0.0), LARGEST),
         jnp.where(known, jnp.minimum(median + tolerance, LARGEST), LARGEST),
@@ -144,7 +145,7 @@ def _scaled_drift(
     state: JudgeState, avg: jax.Array, deviation: jax.Array, best: jax.Array
 ) -> jax.Array:
     """Returns the rise of the average loss in units of what is tolerated."""
-    progress = state.loss_history.first_value - best
+    progress = state.loss_history.start_value - best
     tolerance = jnp.maximum(
         jnp.maximum(_DRIFT_DEVIATIONS * deviation, _DRIFT_PROGRESS * progress),
         _resolution(best),
@@ -197,15 +198,19 @@ def judge(
 
     # One outlier may be a bad batch, a second in a row means that params are bad.
     error, limit = _scaled_rise(
-        state.loss_history, loss, threshold, 0.0, progress_fraction
+        state.loss_history, loss, threshold, 0.0, progress_fraction, NUM_START_VALUES
     )
+    # The norm has a scale of its own, and can be judged from the second step on.
+    is_early = state.norm_history.num_values < NUM_START_VALUES
+    norm_floor = jnp.where(is_early, 2.0 * _LOG_NORM_FLOOR, _LOG_NORM_FLOOR)
     norm_error, norm_limit = _scaled_rise(
-        state.norm_history, log_norm, threshold, _LOG_NORM_FLOOR, 0.0
+        state.norm_history, log_norm, threshold, norm_floor, 0.0, 1
     )
     norm_error = jnp.where(grad_norm == 0.0, 0.0, norm_error)
     if not norm_is_judged:
         norm_error = jnp.where(jnp.isfinite(grad_norm), 0.0, norm_error)
     is_outlier = jnp.maximum(error, norm_error) > 1.0
+    failed_audit &= ~is_outlier  # a bad batch is no witness
     is_new_level = finite & (state.num_finite_rejected_in_row >= patience)
 
     # A slow rise has no outlier: the average shows it. A new level starts it anew.

@@ -10,6 +10,7 @@ from ._checks import check_range
 from ._macro import scale_by_macro_rate
 from ._micro import scale_by_micro_rate
 from ._regulate import error_regulate
+from ._restart import restart_with_audit
 
 
 def lalerg(
@@ -66,8 +67,8 @@ def lalerg(
       micro: the second level, any Optax transformation without sign flip
         (``optax.scale_by_rss()``, ``optax.scale_by_lion()``, ...); by default
         ``scale_by_micro_rate(b1, b2, eps)``.
-      search: whether the macro level looks for the rate, up and down. If False it
-        never raises the rate above the user's.
+      search: whether the macro level looks for the rate, up and down. If False the
+        rate is the user's, times the damping of the regulator.
       threshold: see `error_regulate`.
       anchor_every: see `error_regulate`.
       axis_name: see `error_regulate`.
@@ -100,10 +101,13 @@ def lalerg(
       `scale_by_micro_rate` for what they descend from.
     """
     check_range("weight_decay", weight_decay, 0.0, float("inf"))
-    check_range("learning_rate", learning_rate, 0.0, float("inf"))
+    if not callable(learning_rate):
+        check_range("learning_rate", learning_rate, 0.0, float("inf"))
     return error_regulate(
         optax.chain(
-            scale_by_micro_rate(b1, b2, eps) if micro is None else micro,
+            scale_by_micro_rate(b1, b2, eps)
+            if micro is None
+            else restart_with_audit(micro),
             optax.add_decayed_weights(weight_decay, mask),
             scale_by_macro_rate(search=search),
             optax.scale_by_learning_rate(learning_rate),

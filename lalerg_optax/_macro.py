@@ -22,6 +22,7 @@ class ScaleByMacroRateState(NamedTuple):
 
     Attributes:
       macro_rate: factor of the updates, in [2^-40, 2^40], float32.
+      macro_min_rate: what a cut may not undershoot, float32.
       macro_max_rate: what growth may not exceed, float32.
       is_searching: whether the rate still grows by leaps, bool.
       has_improved: whether an audit was ever good, bool.
@@ -32,6 +33,7 @@ class ScaleByMacroRateState(NamedTuple):
       window_mean: mean of their losses, float32.
       window_sum_of_squares: of the deviations from that mean, float32.
       last_window_mean: the mean of the window before, float32.
+      last_window_variance: the variance of that mean, float32.
       best_window_mean: the lowest mean of a whole window, float32.
       num_windows: number of windows that are complete, int32.
       num_macro_held: number of steps that left the rate as it was because the
@@ -39,6 +41,7 @@ class ScaleByMacroRateState(NamedTuple):
     """
 
     macro_rate: jax.Array
+    macro_min_rate: jax.Array
     macro_max_rate: jax.Array
     is_searching: jax.Array
     has_improved: jax.Array
@@ -49,6 +52,7 @@ class ScaleByMacroRateState(NamedTuple):
     window_mean: jax.Array
     window_sum_of_squares: jax.Array
     last_window_mean: jax.Array
+    last_window_variance: jax.Array
     best_window_mean: jax.Array
     num_windows: jax.Array
     num_macro_held: jax.Array
@@ -77,36 +81,40 @@ def scale_by_macro_rate(
             \min(growth \cdot r,\; r_{max}) & \text{the search goes on} \\
             \min(slow\_growth \cdot r,\; r_{max})
                 & \text{search is over, mean loss of the window is the best so far} \\
-            backoff \cdot r     & \text{bad while searching, or a REVERT} \\
-            backoff^4 \cdot r   & \text{the same before any good audit}
+            \max(backoff \cdot r,\; r_{min})
+                & \text{bad while searching, or a REVERT} \\
+            \max(backoff^4 \cdot r,\; r_{min})
+                & \text{the same before any good audit}
         \end{cases}
 
-    Being bad after a good audit ends the search, and so does reaching
-    :math:`r_{max}`; then :math:`r_{max} = max\_slow\_growth \cdot r`, with the new
-    :math:`r`. A REVERT counts as being bad, once for its two steps. Being bad
-    before a good audit sets :math:`r_{max} = r / growth`, with the rate that was too
-    high; the cut is deep because what a good audit looks like is learnt from below.
+    A bad audit after a good one ends the search; then :math:`r_{min}` is the new rate
+    and :math:`r_{max} = max\_slow\_growth \cdot r_{min}`. Before, the bounds are
+    2^-40 and 2^40. A REVERT counts once for its two steps, and never ends the search.
+    The cut before a good audit is deep because what a good audit looks like is learnt
+    from below.
 
     Inside ``error_regulate(..., audit=True)`` the regulator takes the audits. With
-    :math:`c` the average (decay 0.5) of the alignments that it reports (the cosine
-    between a fresh gradient and the way back to the anchor), an audit is good while
-    :math:`c > good\_alignment \cdot \max c`. Bad before any good one is a REVERT.
+    :math:`c` the average (decay 0.5, from the first one on) of the alignments that it
+    reports (the cosine between a fresh gradient and the way back to the anchor), an
+    audit is good while :math:`c > good\_alignment \cdot \max c`, and bad otherwise. An
+    alignment of exactly 0 (params have not moved at all) is neither. Bad before any
+    good one is a REVERT.
 
     Alone, or with a regulator that takes no audits, one falls due every
     ``audit_every`` accepted steps and compares the mean loss of this window with that
     of the last one, the first window being only a mark: good if it fell by more than
-    2 standard errors of this mean, bad if it rose by as much. While it does
+    2 standard errors of the difference, bad if it rose by as much. While it does
     neither, the rate grows; the first good audit ends the search, because there is
     no way back from a rate that is too bold.
 
     A step that is not accepted, or alone one with a loss or an update that is not
     finite, gives a zero update; a SKIP leaves rate and window as they were, a REVERT
     empties the window. Losses are clipped to 1e16 in magnitude. With
-    ``search=False``, :math:`r_{max} = 1` from the start and a cut is ``backoff``.
+    ``search=False``, :math:`r_{min} = r_{max} = 1`: what is left is the regulator's
+    damping.
 
     Args:
-      search: whether to look for the rate by leaps; if False, the rate only ever
-        comes down from 1, and goes back up to it.
+      search: whether to look for the rate; if False, it is 1.
       growth_factor: leap of the search, at least 1.
       backoff_factor: cut, in (0, 1].
       slow_growth_factor: growth once the search is over, at least 1.
@@ -149,6 +157,7 @@ def scale_by_macro_rate(
         del params
         return ScaleByMacroRateState(
             macro_rate=jnp.ones((), jnp.float32),
+            macro_min_rate=jnp.asarray(1.0 / _MAX_RATE if search else 1.0, jnp.float32),
             macro_max_rate=jnp.asarray(_MAX_RATE if search else 1.0, jnp.float32),
             is_searching=jnp.asarray(search, jnp.bool_),
             has_improved=jnp.asarray(not search, jnp.bool_),
@@ -159,6 +168,7 @@ def scale_by_macro_rate(
             window_mean=jnp.zeros((), jnp.float32),
             window_sum_of_squares=jnp.zeros((), jnp.float32),
             last_window_mean=jnp.zeros((), jnp.float32),
+            last_window_variance=jnp.zeros((), jnp.float32),
             best_window_mean=jnp.zeros((), jnp.float32),
             num_windows=jnp.zeros((), jnp.int32),
             num_macro_held=jnp.zeros((), jnp.int32),
@@ -183,11 +193,14 @@ def scale_by_macro_rate(
             window_sum_of_squares=jnp.zeros((), jnp.float32),
         )
 
+    def variance_of_mean(state: ScaleByMacroRateState) -> jax.Array:
+        n = jnp.maximum(state.window_count, 2).astype(jnp.float32)
+        return state.window_sum_of_squares / ((n - 1.0) * n)
+
     def audit_window(state: ScaleByMacroRateState) -> tuple[jax.Array, jax.Array]:
         """Returns whether the window was good, and whether it was bad."""
-        n = state.window_count.astype(jnp.float32)
-        variance = state.window_sum_of_squares / jnp.maximum(n - 1.0, 1.0)
-        margin = _STANDARD_ERRORS * jnp.sqrt(variance / jnp.maximum(n, 1.0))
+        variance = variance_of_mean(state) + state.last_window_variance
+        margin = _STANDARD_ERRORS * jnp.sqrt(variance)
         rise = state.window_mean - state.last_window_mean
         is_known = state.num_windows > 0
         return is_known & (rise < -margin), is_known & (rise > margin)
@@ -201,11 +214,13 @@ def scale_by_macro_rate(
             _ALIGNMENT_DECAY * state.avg_alignment + (1 - _ALIGNMENT_DECAY) * alignment,
             alignment,
         )
+        has_moved = alignment != 0.0
+        average = jnp.where(has_moved, average, state.avg_alignment)
         best = jnp.maximum(state.best_alignment, average)
         is_good = average > good_alignment * best
         return (
-            is_good,
-            ~is_good,
+            has_moved & is_good,
+            has_moved & ~is_good,
             state._replace(avg_alignment=average, best_alignment=best),
         )
 
@@ -216,30 +231,28 @@ def scale_by_macro_rate(
         is_bad: jax.Array,
         is_best: jax.Array,
         is_found: jax.Array,
+        is_reverted: jax.Array,
     ) -> ScaleByMacroRateState:
         """Applies the rule of the docstring."""
         rate, max_rate = state.macro_rate, state.macro_max_rate
+        is_bad &= is_audited & state.is_searching
         leap = jnp.where(is_found, rate, jnp.minimum(rate * growth_factor, max_rate))
         crawl = jnp.minimum(rate * slow_growth_factor, max_rate)
         grown = jnp.where(state.is_searching, leap, jnp.where(is_best, crawl, rate))
-        cut = jnp.where(state.has_improved, backoff_factor, backoff_factor**4)
-        new_rate = jnp.where(is_bad, rate * cut, jnp.where(is_audited, grown, rate))
-        new_rate = jnp.clip(new_rate, 1.0 / _MAX_RATE, _MAX_RATE)
-        is_ended = state.is_searching & jnp.where(
-            is_bad,
-            state.has_improved,
-            is_audited & (is_found | (grown >= max_rate)),
+        factor = jnp.where(state.has_improved, backoff_factor, backoff_factor**4)
+        cut = jnp.maximum(rate * factor, state.macro_min_rate)
+        new_rate = jnp.where(
+            is_bad | is_reverted, cut, jnp.where(is_audited, grown, rate)
         )
-        new_max_rate = jnp.where(
-            is_ended,
-            new_rate * max_slow_growth,
-            jnp.where(is_bad & ~state.has_improved, rate / growth_factor, max_rate),
-        )
+        is_ended = is_audited & state.is_searching
+        is_ended &= jnp.where(is_bad, state.has_improved, is_found)
+        widest = jnp.minimum(new_rate * max_slow_growth, _MAX_RATE)
         return state._replace(
             macro_rate=new_rate,
-            macro_max_rate=jnp.clip(new_max_rate, 1.0 / _MAX_RATE, _MAX_RATE),
+            macro_min_rate=jnp.where(is_ended, new_rate, state.macro_min_rate),
+            macro_max_rate=jnp.where(is_ended, widest, max_rate),
             is_searching=state.is_searching & ~is_ended,
-            has_improved=state.has_improved | is_good,
+            has_improved=state.has_improved | (is_audited & is_good),
         )
 
     def update_fn(
@@ -277,6 +290,7 @@ def scale_by_macro_rate(
             is_best = jnp.zeros((), jnp.bool_)
         audited = start_window(audited)._replace(
             last_window_mean=seen.window_mean,
+            last_window_variance=variance_of_mean(seen),
             best_window_mean=jnp.where(
                 is_best, seen.window_mean, seen.best_window_mean
             ),
@@ -293,10 +307,11 @@ def scale_by_macro_rate(
         new_state = adapt(
             new_state,
             is_audited & is_known,
-            is_audited & is_good,
-            is_news | (is_audited & is_bad & state.is_searching),
+            is_good,
+            is_bad,
             is_best,
             is_found,
+            is_news,
         )._replace(
             is_reverting=is_reverted,
             num_macro_held=count_unless(is_open, state.num_macro_held),

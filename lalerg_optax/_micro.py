@@ -66,8 +66,8 @@ def scale_by_micro_rate(
       b2: decay of the second moment, in [0, 1).
       eps: added to the root, at least 0.
       eps_root: added under the root, at least 0.
-      mu_dtype: dtype of ``mu``; by default that of the params. ``nu`` has the
-        params' real dtype.
+      mu_dtype: dtype of ``mu``; by default that of the params, but at least float32.
+        ``nu`` is real and at least float32.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; ``update`` takes the optional
@@ -98,12 +98,21 @@ def scale_by_micro_rate(
     check_range("eps", eps, 0.0, float("inf"))
     check_range("eps_root", eps_root, 0.0, float("inf"))
 
+    def wide(x: jax.Array) -> jnp.dtype:
+        # a decay of 0.999 is lost in bfloat16, and a square overflows float16
+        return jnp.promote_types(x.dtype, jnp.float32)
+
+    def squared(g: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        if jnp.iscomplexobj(g):
+            return jnp.square(g.real) + jnp.square(g.imag)
+        return jnp.square(g.astype(dtype))
+
     def init_fn(params: optax.Params) -> ScaleByMicroRateState:
         return ScaleByMicroRateState(
             micro_count=jnp.zeros((), jnp.int32),
             num_micro_held=jnp.zeros((), jnp.int32),
-            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            nu=jax.tree.map(lambda p: jnp.zeros_like(jnp.real(p)), params),
+            mu=jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype or wide(p)), params),
+            nu=jax.tree.map(lambda p: jnp.zeros_like(p.real, wide(p.real)), params),
         )
 
     def update_fn(
@@ -131,7 +140,7 @@ def scale_by_micro_rate(
             lambda g, m: (add1 * g + keep1 * m).astype(m.dtype), updates, state.mu
         )
         nu = jax.tree.map(
-            lambda g, n: (add2 * jnp.real(g * jnp.conj(g)) + keep2 * n).astype(n.dtype),
+            lambda g, n: (add2 * squared(g, n.dtype) + keep2 * n).astype(n.dtype),
             updates,
             state.nu,
         )

@@ -121,7 +121,11 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         )
     judges = {label: state.judge_state for label, state in regulators.items()}
     groups = {**regulators, **macros, **micros}
-    report = {f"{label}macro_rate": jnp.ones((), jnp.float32) for label in groups}
+    report = {
+        f"{label}macro_rate": jnp.ones((), jnp.float32)
+        for label in groups
+        if not any(other.startswith(label) for other in macros)
+    }
     for states, fields in (
         (regulators, _REGULATOR_FIELDS),
         (judges, ("avg_value", "best_value")),

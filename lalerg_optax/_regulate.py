@@ -20,7 +20,7 @@ from ._checks import as_loss, check_range
 from ._gate import count_unless
 from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge
 
-_MIN_ANCHOR_EVERY = 4  # steps: early in a run, params and rates change fast
+_MIN_ANCHOR_EVERY = 5  # steps; odd, so that a swing to and fro is not back at its start
 _HEALTHY = 0.5  # errors below half of what is tolerated: fit to be gone back to
 _MIN_DAMPING = 2.0**-10
 _OWN_EXTRA_ARGS = ("verdict", "audit")  # those of an outer regulator stay outside
@@ -76,7 +76,8 @@ def _keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:
     An estimate like the distance of Prodigy is 0 / 0 when the first gradient is
     zero, and would stay so. For whole arrays this would cost a copy.
     """
-    is_scalar_float = jnp.ndim(new) == 0 and jnp.issubdtype(new.dtype, jnp.inexact)
+    dtype = jnp.result_type(new)
+    is_scalar_float = jnp.ndim(new) == 0 and jnp.issubdtype(dtype, jnp.inexact)
     return jnp.where(jnp.isfinite(new), new, old) if is_scalar_float else new
 
 
@@ -124,9 +125,9 @@ def error_regulate(
 
     **Errors.** Let :math:`m` and :math:`s` be the median and the upper spread
     (`LossHistory.centre_and_spread`) of the last 128 losses, :math:`m^g` and
-    :math:`s^g` those of the logarithms of the gradient norm, :math:`L_1` the first
-    loss, :math:`\bar L` the average of the accepted losses (decay 0.95),
-    :math:`\bar L^*` its best, and :math:`d` the average of
+    :math:`s^g` those of the logarithms of the gradient norm, :math:`L_1` the smallest
+    of the first 16 losses, :math:`\bar L` the average of the accepted losses (decay
+    0.95), :math:`\bar L^*` its best, and :math:`d` the average of
     :math:`|L - \bar L|` (decay 0.99). Each error is a rise in units of what is
     tolerated; 1 is the threshold:
 
@@ -142,8 +143,11 @@ def error_regulate(
     :math:`L_t`; an average weighs its n-th value with the larger of 1/n and 1 - decay,
     and :math:`\bar L^*` fades towards :math:`\bar L` by 1/1024 an accepted step. A
     loss or norm that is not finite, or whose square overflows float32, has an infinite
-    error, shown as 1e37. The first two errors are 0 until 16 values are known, the
-    third until 128 are. A norm of 0 has no error and is not recorded.
+    error, shown as 1e37. :math:`e_{loss}` is 0 until 16 values are known and
+    :math:`e_{drift}` until 128 are; :math:`e_{norm}` is known from the second step on,
+    with a floor of log 16 instead of log 4 until there are 16 values. A loss that never
+    was anything but constant (both :math:`s` and the progress are 0) has no error,
+    because nothing tells its scale. A norm of 0 has no error and is not recorded.
 
     **Verdict.** An *outlier* has :math:`\max(e_{loss}, e_{norm}) > 1`.
 
@@ -166,17 +170,17 @@ def error_regulate(
 
     **Anchor.** A copy of the params before the update of the step, made when the step
     is accepted, all errors are below 1/2, and params are at least so many accepted
-    updates away from it: an eighth of all accepted so far (rounded down), at least 4
+    updates away from it: an eighth of all accepted so far (rounded down), at least 5
     and at most ``anchor_every``. An entry that is not finite is not copied.
 
     **Audit**, if asked for: whenever the anchor is about to move, the regulator looks
     back at it with the fresh gradient, :math:`c = \langle g, a - p \rangle / (|g|
     |a - p|)`, and tells ``inner`` (extra argument ``audit``). Until :math:`c > 0` for
-    the first time, :math:`c \le 0` is an error as well: the first steps led nowhere,
-    the learning rate is too high, and params REVERT to the start; windows, :math:`L_1`
-    and averages start anew without this loss. Until then no REVERT cuts the damping,
-    and ``audit.is_restart`` tells links to start anew, too: lowering the rate is the
-    macro level's business.
+    the first time, :math:`c < 0` without an outlier is an error as well: the first
+    steps led nowhere, the learning rate is too high, and params REVERT to the start;
+    windows, :math:`L_1` and averages start anew without this loss. Until then no REVERT
+    cuts the damping, and ``audit.is_restart`` tells links to start anew, too: lowering
+    the rate is the macro level's business.
 
     **Exactness.** ``p + (a - p)`` is ``a`` up to rounding; given twice it is ``a``
     bit for bit, unless ``p`` is not finite. `apply_updates` gives ``a`` at once in
@@ -200,7 +204,7 @@ def error_regulate(
       threshold: tolerated rise in units of the upper spread, above 0. Taken from
         the skip-step rules of MaxText, levanter and OLMo (6 standard deviations).
       progress_fraction: tolerated rise of the loss in units of the progress since
-        the first loss, at least 0.
+        the start, at least 0.
       patience: finite steps that may be rejected in a row, at least 4.
       anchor_every: accepted steps between two anchors, at least 1.
       backoff_factor: cut of the damping at a revert, in (0, 1].
@@ -303,7 +307,7 @@ def error_regulate(
                 is_due, updates, grad_norm, state.anchor, params
             )
             is_started = state.num_audits_passed > 0
-            is_failed = is_seen & (alignment <= 0.0) & ~is_started
+            is_failed = is_seen & (alignment < 0.0) & ~is_started
 
         # Judge.
         judgement, judge_state = judge(
@@ -374,7 +378,9 @@ def error_regulate(
             grad_norm=jnp.nan_to_num(grad_norm, nan=LARGEST, posinf=LARGEST),
             alignment=state.alignment
             if report is None
-            else jnp.where(is_failed | report.is_taken, alignment, state.alignment),
+            else jnp.where(
+                (is_failed & is_reverted) | report.is_taken, alignment, state.alignment
+            ),
             damping=damping,
             num_accepted=count_unless(~is_accepted, state.num_accepted),
             num_skipped=count_unless(is_accepted | is_reverted, state.num_skipped),

@@ -28,13 +28,13 @@ class LossHistory:
     def __init__(self, size=128):
         self.size = size
         self.values = []
-        self.first_value = 0.0
+        self.start_value = 0.0
 
     def record(self, value):
         if not math.isfinite(value):
             return
-        if not self.values:
-            self.first_value = value
+        if len(self.values) < min(16, self.size):
+            self.start_value = min([*self.values, value])
         self.values.append(value)
         self.values = self.values[-self.size :]
 
@@ -99,6 +99,7 @@ class MacroRate:
         self.good_alignment = good_alignment
         self.audit_every = audit_every
         self.macro_rate = 1.0
+        self.macro_min_rate = 1 / MAX_RATE if search else 1.0
         self.macro_max_rate = MAX_RATE if search else 1.0
         self.is_searching = search
         self.has_improved = not search  # without a search there is nothing to find
@@ -107,6 +108,7 @@ class MacroRate:
         self.best_alignment = 0.0
         self.window = []
         self.last_window_mean = 0.0
+        self.last_window_variance = 0.0
         self.best_window_mean = 0.0
         self.num_windows = 0
         self.num_macro_held = 0
@@ -140,13 +142,17 @@ class MacroRate:
             self.start_window(value)
         return self.macro_rate * updates
 
+    def variance_of_mean(self):
+        count = len(self.window)
+        mean = sum(self.window) / count
+        squares = sum((x - mean) ** 2 for x in self.window)
+        return squares / ((max(count, 2) - 1) * max(count, 2))
+
     def audit_window(self):
         if self.num_windows == 0:
             return  # the first window is what the second is compared with
-        count = len(self.window)
-        mean = sum(self.window) / count
-        variance = sum((x - mean) ** 2 for x in self.window) / (count - 1)
-        margin = 2.0 * math.sqrt(variance / count)
+        mean = sum(self.window) / len(self.window)
+        margin = 2.0 * math.sqrt(self.variance_of_mean() + self.last_window_variance)
         rise = mean - self.last_window_mean
         is_good = rise < -margin
         if self.is_searching and is_good:
@@ -156,7 +162,9 @@ class MacroRate:
             self.adapt(is_good, rise > margin, mean < self.best_window_mean)
 
     def audit_alignment(self, alignment, value):
-        if self.has_improved:
+        if alignment == 0.0:
+            pass  # params have not moved: neither good nor bad
+        elif self.has_improved:
             self.avg_alignment = 0.5 * self.avg_alignment + 0.5 * alignment
         else:
             self.avg_alignment = alignment
@@ -164,7 +172,9 @@ class MacroRate:
         is_good = self.avg_alignment > self.good_alignment * self.best_alignment
         mean = sum(self.window) / len(self.window)
         is_best = self.num_windows == 0 or mean < self.best_window_mean
-        self.adapt(is_good, not is_good, is_best and value is not None)
+        has_moved = alignment != 0.0
+        is_bad = has_moved and not is_good
+        self.adapt(has_moved and is_good, is_bad, is_best and value is not None)
 
     def start_window(self, value):
         mean = sum(self.window) / len(self.window)
@@ -173,36 +183,31 @@ class MacroRate:
         ):
             self.best_window_mean = mean
         self.last_window_mean = mean
+        self.last_window_variance = self.variance_of_mean()
         self.num_windows += 1
         self.window = []
 
     def adapt(self, is_good, is_bad, is_best):
         if self.is_searching and is_bad:
             self.cut()
-        elif self.is_searching:
-            self.macro_rate = min(
-                self.growth_factor * self.macro_rate, self.macro_max_rate
-            )
-            if self.macro_rate >= self.macro_max_rate:
+            if self.has_improved:
                 self.end_search()
+        elif self.is_searching:
+            grown = self.growth_factor * self.macro_rate
+            self.macro_rate = min(grown, self.macro_max_rate)
         elif is_best:
-            self.macro_rate = min(
-                self.slow_growth_factor * self.macro_rate, self.macro_max_rate
-            )
+            grown = self.slow_growth_factor * self.macro_rate
+            self.macro_rate = min(grown, self.macro_max_rate)
         self.has_improved = self.has_improved or is_good
 
     def cut(self):
-        too_high = self.macro_rate
-        if self.has_improved:
-            self.macro_rate = max(self.backoff_factor * too_high, 1 / MAX_RATE)
-            if self.is_searching:
-                self.end_search()
-        else:
-            self.macro_rate = max(self.backoff_factor**4 * too_high, 1 / MAX_RATE)
-            self.macro_max_rate = max(too_high / self.growth_factor, 1 / MAX_RATE)
+        power = 1 if self.has_improved else 4
+        lower = self.backoff_factor**power * self.macro_rate
+        self.macro_rate = max(lower, self.macro_min_rate)
 
     def end_search(self):
         self.is_searching = False
+        self.macro_min_rate = self.macro_rate
         self.macro_max_rate = min(self.max_slow_growth * self.macro_rate, MAX_RATE)
 
 
@@ -299,14 +304,14 @@ class ErrorRegulate:
         """Judges a step, and returns the update."""
         norm = global_norm(grads)
         self.grad_norm = norm if math.isfinite(norm) else LARGEST
-        steps_needed = min(max(self.num_accepted // 8, 4), self.anchor_every)
+        steps_needed = min(max(self.num_accepted // 8, 5), self.anchor_every)
         is_due = self.anchor_age >= steps_needed
         alignment = self.look_back(grads, params) if self.audit and is_due else None
         audit_failed = (
-            alignment is not None and alignment <= 0.0 and self.num_audits_passed == 0
+            alignment is not None and alignment < 0.0 and self.num_audits_passed == 0
         )
         self.judge(value, norm, audit_failed)
-        if audit_failed:
+        if self.reason == "failed audit":
             self.alignment = alignment
 
         if self.verdict == ACCEPT:
@@ -356,8 +361,10 @@ class ErrorRegulate:
         """Returns the alignment, or None where there is nothing to see."""
         way_back = self.anchor - params
         lengths = global_norm(grads) * global_norm(way_back)
-        if not 0.0 < lengths < math.inf:
+        if global_norm(grads) == 0.0 or not lengths < math.inf:
             return None
+        if lengths == 0.0:
+            return 0.0
         return float(np.clip(np.dot(grads, way_back) / lengths, -1.0, 1.0))
 
     def judge(self, value, norm, audit_failed):
@@ -367,20 +374,25 @@ class ErrorRegulate:
 
         # the errors of loss and norm, and the largest values that are tolerated
         median, spread = self.loss_history.centre_and_spread()
-        loss_tolerance = max(
+        loss_scale = max(
             self.threshold * spread,
-            self.progress_fraction * (self.loss_history.first_value - median),
-            1e-5 * abs(median),
-            1e-30,
+            self.progress_fraction * (self.loss_history.start_value - median),
         )
-        self.scaled_error = self.error(self.loss_history, loss, median, loss_tolerance)
+        loss_tolerance = max(loss_scale, 1e-5 * abs(median), 1e-30)
+        if loss_scale <= 0.0:
+            loss_tolerance = math.inf
+        self.scaled_error = self.error(
+            self.loss_history, loss, median, loss_tolerance, 16
+        )
         loss_limit = median + loss_tolerance
 
         log_norm = math.nan if math.isnan(norm) or norm == 0.0 else math.log(norm)
         median, spread = self.norm_history.centre_and_spread()
-        norm_tolerance = max(self.threshold * spread, math.log(4.0))
+        is_early = len(self.norm_history.values) < 16
+        floor = math.log(16.0) if is_early else math.log(4.0)
+        norm_tolerance = max(self.threshold * spread, floor)
         self.scaled_norm_error = self.error(
-            self.norm_history, log_norm, median, norm_tolerance
+            self.norm_history, log_norm, median, norm_tolerance, 1
         )
         norm_limit = median + norm_tolerance
         if norm == 0.0:
@@ -389,6 +401,7 @@ class ErrorRegulate:
             self.scaled_norm_error = 0.0 if math.isfinite(norm) else LARGEST
 
         is_outlier = max(self.scaled_error, self.scaled_norm_error) > 1.0
+        audit_failed = audit_failed and not is_outlier
         is_new_level = is_finite and self.num_finite_rejected_in_row >= self.patience
         if is_new_level:
             self.num_averaged = 0
@@ -404,7 +417,7 @@ class ErrorRegulate:
         if self.num_averaged >= 128:
             drift_tolerance = max(
                 4.0 * self.avg_deviation,
-                (self.loss_history.first_value - best) / 2.0,
+                (self.loss_history.start_value - best) / 2.0,
                 1e-5 * abs(best),
                 1e-30,
             )
@@ -451,21 +464,21 @@ class ErrorRegulate:
         if is_new_level:
             loss_limit = norm_limit = math.inf
         if value is not None:
-            self.record(self.loss_history, loss, loss_limit)
-        self.record(self.norm_history, log_norm, norm_limit)
+            self.record(self.loss_history, loss, loss_limit, 16)
+        self.record(self.norm_history, log_norm, norm_limit, 1)
 
     @staticmethod
-    def error(history, value, median, tolerance):
+    def error(history, value, median, tolerance, min_values):
         if not math.isfinite(value):
             return LARGEST
-        if len(history.values) < 16:
+        if len(history.values) < min_values:
             return 0.0
         return min(max((value - median) / tolerance, -LARGEST), LARGEST)
 
     @staticmethod
-    def record(history, value, limit):
+    def record(history, value, limit, min_values):
         """Records a value, at most the largest that was tolerated."""
-        if len(history.values) < 16:
+        if len(history.values) < min_values:
             limit = LARGEST  # all finite values are tolerated
         history.record(min(value, limit) if math.isfinite(value) else math.nan)
 

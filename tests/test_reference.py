@@ -328,7 +328,7 @@ def test_median_and_upper_spread_are_those_of_the_reference(size):
             look(history), expected.centre_and_spread(), rtol=1e-6
         )
         assert history.num_values == len(expected.values)
-        assert history.first_value == np.float32(expected.first_value)
+        assert history.start_value == np.float32(expected.start_value)
 
 
 @pytest.mark.parametrize("search", [False, True])

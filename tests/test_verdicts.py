@@ -277,3 +277,97 @@ def test_search_raises_a_rate_that_is_too_small_and_only_if_asked_to():
     rate, loss = final_rate(search=False)
     assert rate == 1.0
     assert loss > 10.0
+
+
+def bowl(tx, num_steps, spoil=lambda t, loss, grad: (loss, grad), size=20):
+    """Trains on a noisy, narrow bowl; returns the metrics of every step."""
+    curvature = jnp.logspace(-1.0, 0.5, size)
+
+    def step(carry, t):
+        params, state = carry
+        noise = 0.1 * jax.random.normal(jax.random.key(t), (size,))
+        loss, grad = jax.value_and_grad(
+            lambda p: jnp.sum(curvature * (p - noise) ** 2)
+        )(params)
+        loss, grad = spoil(t, loss, grad)
+        updates, state = tx.update(grad, state, params, value=loss)
+        return (lo.apply_updates(params, updates, state), state), (
+            lo.metrics(state) | {"loss": loss}
+        )
+
+    params = jnp.ones(size)
+    carry = (params, tx.init(params))
+    return jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(num_steps)))(carry)[1]
+
+
+@pytest.mark.parametrize("search", [True, False])
+def test_many_reverts_do_not_freeze_the_run(search):
+    def spoil(t, loss, grad):  # two NaN batches in every 250
+        return jnp.where((t % 250 > 247) & (t > 200), jnp.nan, loss), grad
+
+    report = bowl(lo.lalerg(1e-3, search=search), 5000, spoil)
+    assert report["num_reverted"][-1] >= 2 * 19
+    if search:
+        clean = bowl(lo.lalerg(1e-3), 5000)["macro_rate"][-1]
+        assert report["macro_rate"][-1] > clean / 32
+    else:
+        assert report["macro_rate"][-1] == 1.0
+    assert jnp.max(report["damping"][-100:]) == 1.0
+
+
+@pytest.mark.parametrize("bad_steps", [(4,), (1, 2), (20, 21)])
+def test_bad_batches_early_on_do_not_end_the_search(bad_steps):
+    def spoil(t, loss, grad):
+        is_bad = jnp.isin(t, jnp.array(bad_steps))
+        return jnp.where(is_bad, jnp.nan, loss), grad
+
+    clean = bowl(lo.lalerg(1e-6), 600)
+    spoilt = bowl(lo.lalerg(1e-6), 600, spoil)
+    assert clean["macro_rate"][-1] > 1e3
+    assert spoilt["macro_rate"][-1] > clean["macro_rate"][-1] / 16
+
+
+@pytest.mark.parametrize(
+    "micro",
+    [optax.scale_by_lion(), optax.trace(0.9), optax.scale_by_adam()],
+    ids=["lion", "momentum", "adam"],
+)
+def test_any_second_level_starts_anew_after_a_failed_start(micro):
+    report = bowl(lo.lalerg(1e3, micro=micro), 1500)
+    assert report["num_reverted"][-1] >= 2
+    assert report["macro_rate"][-1] > 1e-9
+    assert jnp.mean(report["loss"][-50:]) < 0.5 * report["loss"][0]
+
+
+def test_params_that_do_not_move_mean_that_the_rate_is_too_small():
+    report = bowl(lo.lalerg(1e-9), 400)  # below the resolution of params near 1
+    assert report["macro_rate"][-1] > 1e3
+
+
+def test_a_huge_first_loss_does_not_blind_the_judge():
+    params, losses, grads = make(num_steps=400)
+    losses[:3] = 1e6, 1e5, 1e3
+    losses[300] = 3.0
+    *_, report, _, _ = drive(lo.error_regulate(optax.sgd(1e-3)), params, losses, grads)
+    assert report["verdict"][300] == SKIP
+
+
+def test_losses_that_are_mostly_zero_are_no_errors():
+    losses = np.zeros(600, np.float32)
+    losses[::40] = 1.0
+    grads = np.where(losses[:, None] > 0, np.ones((600, 8)), 0.0).astype(np.float32)
+    losses[0] = 0.0
+    *_, report, _, _ = drive(
+        lo.error_regulate(optax.sgd(1e-3)), jnp.ones(8), losses, grads
+    )
+    assert jnp.all(report["verdict"] == ACCEPT)
+
+
+def test_a_half_precision_gradient_does_not_overflow_the_moments():
+    tx = lo.scale_by_micro_rate()
+    state = tx.init(jnp.ones(3, jnp.float16))
+    grads = jnp.array([1000.0, 1.0, 1.0], jnp.float16)
+    updates, state = tx.update(grads, state)
+    assert updates.dtype == jnp.float16
+    assert state.nu.dtype == jnp.float32
+    np.testing.assert_allclose(updates, 1.0, rtol=1e-2)
