@@ -81,15 +81,18 @@ def scale_by_macro_rate(
             \min(growth \cdot r,\; r_{max}) & \text{the search goes on} \\
             \min(slow\_growth \cdot r,\; r_{max})
                 & \text{search is over, mean loss of the window is the best so far} \\
+            \max(r / slow\_growth,\; r_{min})
+                & \text{search is over, no new best, and } c < 0 \\
             \max(backoff \cdot r,\; r_{min})
                 & \text{bad while searching, or a REVERT} \\
             \max(backoff^4 \cdot r,\; r_{min})
                 & \text{the same before any good audit}
         \end{cases}
 
-    A bad audit after a good one ends the search; then :math:`r_{min}` is the new rate
-    and :math:`r_{max} = max\_slow\_growth \cdot r_{min}`. Before, the bounds are
-    2^-40 and 2^40. A REVERT counts once for its two steps, and never ends the search.
+    A bad audit after a good one ends the search; from then on the new rate bounds all
+    others, :math:`r_{min} = r / max\_slow\_growth` and
+    :math:`r_{max} = max\_slow\_growth \cdot r`. Before, the bounds are 2^-40 and 2^40.
+    A REVERT counts once for its two steps, and never ends the search.
     The cut before a good audit is deep because what a good audit looks like is learnt
     from below.
 
@@ -117,8 +120,8 @@ def scale_by_macro_rate(
       search: whether to look for the rate; if False, it is 1.
       growth_factor: leap of the search, at least 1.
       backoff_factor: cut, in (0, 1].
-      slow_growth_factor: growth once the search is over, at least 1.
-      max_slow_growth: bound of all slow growth together, at least 1.
+      slow_growth_factor: step up or down once the search is over, at least 1.
+      max_slow_growth: bound of all such steps together, at least 1.
       good_alignment: what counts as good, as a share of the best, in [0, 1).
       audit_every: accepted steps in a window when standing alone, at least 2.
 
@@ -230,6 +233,7 @@ def scale_by_macro_rate(
         is_good: jax.Array,
         is_bad: jax.Array,
         is_best: jax.Array,
+        is_uphill: jax.Array,
         is_found: jax.Array,
         is_reverted: jax.Array,
     ) -> ScaleByMacroRateState:
@@ -238,7 +242,9 @@ def scale_by_macro_rate(
         is_bad &= is_audited & state.is_searching
         leap = jnp.where(is_found, rate, jnp.minimum(rate * growth_factor, max_rate))
         crawl = jnp.minimum(rate * slow_growth_factor, max_rate)
-        grown = jnp.where(state.is_searching, leap, jnp.where(is_best, crawl, rate))
+        recede = jnp.maximum(rate / slow_growth_factor, state.macro_min_rate)
+        slow = jnp.where(is_best, crawl, jnp.where(is_uphill, recede, rate))
+        grown = jnp.where(state.is_searching, leap, slow)
         factor = jnp.where(state.has_improved, backoff_factor, backoff_factor**4)
         cut = jnp.maximum(rate * factor, state.macro_min_rate)
         new_rate = jnp.where(
@@ -249,7 +255,9 @@ def scale_by_macro_rate(
         widest = jnp.minimum(new_rate * max_slow_growth, _MAX_RATE)
         return state._replace(
             macro_rate=new_rate,
-            macro_min_rate=jnp.where(is_ended, new_rate, state.macro_min_rate),
+            macro_min_rate=jnp.where(
+                is_ended, new_rate / max_slow_growth, state.macro_min_rate
+            ),
             macro_max_rate=jnp.where(is_ended, widest, max_rate),
             is_searching=state.is_searching & ~is_ended,
             has_improved=state.has_improved | (is_audited & is_good),
@@ -310,6 +318,7 @@ def scale_by_macro_rate(
             is_good,
             is_bad,
             is_best,
+            audited.avg_alignment < 0.0,
             is_found,
             is_news,
         )._replace(

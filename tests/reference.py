@@ -198,6 +198,9 @@ class MacroRate:
         elif is_best:
             grown = self.slow_growth_factor * self.macro_rate
             self.macro_rate = min(grown, self.macro_max_rate)
+        elif self.avg_alignment < 0.0:
+            lower = self.macro_rate / self.slow_growth_factor
+            self.macro_rate = max(lower, self.macro_min_rate)
         self.has_improved = self.has_improved or is_good
 
     def cut(self):
@@ -207,7 +210,7 @@ class MacroRate:
 
     def end_search(self):
         self.is_searching = False
-        self.macro_min_rate = self.macro_rate
+        self.macro_min_rate = self.macro_rate / self.max_slow_growth
         self.macro_max_rate = min(self.max_slow_growth * self.macro_rate, MAX_RATE)
 
 

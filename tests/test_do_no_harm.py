@@ -174,7 +174,8 @@ OPTIMIZERS = {
     "signum": lambda: optax.signum(1e-4),
     "sm3": lambda: optax.sm3(1e-2),
     "yogi": lambda: optax.yogi(1e-3),
-    "acprop": lambda: contrib.acprop(1e-3),
+    # its first steps are divided by eps alone
+    "acprop": lambda: contrib.acprop(1e-3, eps=1e-2),
     "ademamix": lambda: contrib.ademamix(1e-3),
     "adopt": lambda: contrib.adopt(1e-3),
     "cocob": lambda: contrib.cocob(),
