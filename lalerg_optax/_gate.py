@@ -15,9 +15,10 @@ def open_gate(
 ) -> tuple[jax.Array, optax.Updates]:
     """Returns whether the step may be taken in, and updates that are safe to use.
 
-    Inside `error_regulate` its verdict decides, and it has set the updates of a
-    rejected step to zero already. A link that stands alone takes a step in when
-    ``value``, where there is one, and the squared norm of the updates are finite.
+    Inside `error_regulate` its verdict decides; it has set the gradient of a rejected
+    step to zero, and drops whatever comes of it. A link that stands alone takes a
+    step in when ``value``, where there is one, and the squared norm of the updates are
+    finite.
     """
     if verdict is not None:
         return verdict == Verdict.ACCEPT, updates

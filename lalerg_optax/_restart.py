@@ -28,17 +28,17 @@ def restart_with_audit(
         audit: Audit | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        updates, state = inner.update(updates, state, params, **extra_args)
         if audit is not None:
-            # constants: XLA selects them in the loop that writes the state
+            # Before the update, not after: then only one version of it is alive. The
+            # gradient of such a step is zero, as that of every rejected one.
             initial = inner.init(optax.tree.zeros_like(params))
             state = jax.tree.map(
-                lambda new, start: jnp.where(audit.is_restart, start, new).astype(
-                    jnp.result_type(new)
+                lambda old, start: jnp.where(audit.is_restart, start, old).astype(
+                    jnp.result_type(old)
                 ),
                 state,
                 initial,
             )
-        return updates, state
+        return inner.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)

@@ -16,6 +16,7 @@ STEPS = {
     "lalerg": lo.lalerg(1e-3),
     "lalerg without search": lo.lalerg(1e-3, search=False),
     "lalerg with clipping": lo.lalerg(1e-3, clip_norm=1.0),
+    "lalerg with Adam of another maker": lo.lalerg(1e-3, micro=optax.scale_by_adam()),
     "regulated adamw": lo.error_regulate(optax.adamw(1e-3)),
     "regulated momentum": lo.error_regulate(optax.sgd(1e-3, momentum=0.9)),
 }
