@@ -332,7 +332,7 @@ def test_bad_batches_early_on_do_not_end_the_search(bad_steps):
     [optax.scale_by_lion(), optax.trace(0.9), optax.scale_by_adam()],
     ids=["lion", "momentum", "adam"],
 )
-def test_any_second_level_starts_anew_after_a_failed_start(micro):
+def test_any_second_level_trains_on_after_a_failed_start(micro):
     report = bowl(lo.lalerg(1e3, micro=micro), 1500)
     assert report["num_reverted"][-1] >= 2
     assert report["macro_rate"][-1] > 1e-9
@@ -371,3 +371,25 @@ def test_a_half_precision_gradient_does_not_overflow_the_moments():
     assert updates.dtype == jnp.float16
     assert state.nu.dtype == jnp.float32
     np.testing.assert_allclose(updates, 1.0, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "micro", [optax.scale_by_lion(), optax.trace(0.9), optax.scale_by_adam(), None]
+)
+def test_a_failed_start_leaves_nothing_in_the_moments(micro):
+    tx = lo.lalerg(1e3, micro=micro)
+    params = jnp.array([0.3, -0.2, 0.1])
+    state = tx.init(params)
+    update = jax.jit(lambda g, s, p, v: tx.update(g, s, p, value=v))
+    had_moments = False
+    for _ in range(10):
+        loss, grad = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+        updates, state = update(grad, state, params, loss)
+        params = lo.apply_updates(params, updates, state)
+        moments = [x for x in jax.tree.leaves(state.inner_state[0]) if x.shape == (3,)]
+        if state.verdict == REVERT:
+            break
+        had_moments = had_moments or any(jnp.any(x != 0.0) for x in moments)
+    assert state.verdict == REVERT
+    assert had_moments
+    chex.assert_trees_all_equal(moments, [jnp.zeros(3)] * len(moments))
