@@ -1,12 +1,13 @@
 """Anchor: the copy of the params that a revert goes back to."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from ._sums import sum_entries
 
 PyTree = Any
 
@@ -35,19 +36,9 @@ def copy_params(params: PyTree) -> PyTree:
     return jax.tree.map(lambda p: jnp.array(p, jnp.result_type(p), copy=True), params)
 
 
-def _real_parts(tree: PyTree) -> Iterator[jax.Array]:
-    """Yields the leaves in float32, a complex one as its two parts."""
-    for leaf in jax.tree.leaves(tree):
-        if jnp.iscomplexobj(leaf):
-            yield from (leaf.real.astype(jnp.float32), leaf.imag.astype(jnp.float32))
-        else:
-            yield leaf.astype(jnp.float32)
-
-
 def global_norm(tree: PyTree) -> jax.Array:
     """Returns the global l2 norm, accumulated in float32 whatever the dtypes."""
-    squares = [jnp.sum(jnp.square(x)) for x in _real_parts(tree)]
-    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+    return jnp.sqrt(sum_entries(lambda x: x * x, tree))
 
 
 @functools.partial(jax.jit, inline=True)
@@ -66,21 +57,19 @@ def take_audit(
     """
 
     def look_back() -> tuple[jax.Array, jax.Array]:
-        product = square = jnp.zeros((), jnp.float32)
-        trees = map(_real_parts, (grads, anchor, params))
-        for g, a, p in zip(*trees, strict=True):
-            product += jnp.sum(g * (a - p))
-            # p - a, not a - p: what two sums have in common, XLA would store
-            square += jnp.sum(jnp.square(p - a))
-        length = grad_norm * jnp.sqrt(square)
-        cosine = jnp.where(length > 0.0, product / length, 0.0)
-        is_taken = jnp.isfinite(cosine) & jnp.isfinite(length) & (grad_norm > 0.0)
-        return is_taken, jnp.where(is_taken, jnp.clip(cosine, -1.0, 1.0), 0.0)
+        product = sum_entries(lambda g, a, p: g * (a - p), grads, anchor, params)
+        # p - a, not a - p: what two sums have in common, XLA would store
+        square = sum_entries(lambda a, p: (p - a) * (p - a), anchor, params)
+        return product, square
 
     def look_nowhere() -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros((), jnp.bool_), jnp.zeros((), jnp.float32)
+        return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
 
-    return lax.cond(is_due, look_back, look_nowhere)
+    product, square = lax.cond(is_due, look_back, look_nowhere)
+    length = grad_norm * jnp.sqrt(square)
+    cosine = jnp.where(length > 0.0, product / length, 0.0)
+    is_taken = is_due & jnp.isfinite(cosine) & jnp.isfinite(length) & (grad_norm > 0.0)
+    return is_taken, jnp.where(is_taken, jnp.clip(cosine, -1.0, 1.0), 0.0)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -106,8 +95,3 @@ def refresh_anchor(
     # The branch that passes a buffer through has to be the false one: as the true
     # one it costs a copy (https://github.com/jax-ml/jax/issues/39449).
     return lax.cond(is_due, move, keep)
-
-
-def way_back(anchor: jax.Array, param: jax.Array) -> jax.Array:
-    """Returns the finite update that leads from a param to its anchor."""
-    return jnp.nan_to_num(anchor - param)

@@ -28,6 +28,6 @@ def open_gate(
     return is_open, jax.tree.map(lambda u: jnp.where(is_open, u, 0), updates)
 
 
-def count_unless(is_open: jax.Array, count: jax.Array) -> jax.Array:
-    """Returns the count, one higher where the gate was shut."""
-    return jnp.where(is_open, count, optax.safe_increment(count))
+def count_if(is_counted: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns the count, one higher where that is so; it stays at 2^31 - 1."""
+    return jnp.where(is_counted, optax.safe_increment(count), count)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 WINDOW = 128  # the skip-step rules of MaxText, levanter and OLMo use the same length
 NUM_START_VALUES = 16  # an upper quantile of fewer values says nothing
@@ -12,17 +13,17 @@ _Z95 = 1.645  # the 95th percentile of a standard normal variable
 
 
 class LossHistory(NamedTuple):
-    """The last values of a scalar signal, and the first one of all.
+    """The last values of a scalar signal, and the first ones of all.
 
     The window always holds finite numbers only. Every method is a pure function
-    of the record: ``record`` returns a new one and changes nothing.
+    of the record: ``record`` returns a new one and changes nothing. Several signals
+    can share one record; they are told apart by leading axes.
 
     Attributes:
-      values: ring buffer of the recent values, float32, shape ``(size,)``. Slots
-        that were never written hold zero and are not looked at.
-      next_index: the slot that the next value goes to, int32, shape ``()``.
-      num_values: number of slots in use, at most ``size``, int32, shape ``()``.
-      start_value: the smallest of the first 16 values, float32, shape ``()``: where
+      values: the recent values, newest last, float32, shape ``(..., size)``. Slots
+        in front that are not in use are not looked at.
+      num_values: number of slots in use, at most ``size``, int32, shape ``(...)``.
+      start_value: the smallest of the first 16 values, float32, shape ``(...)``: where
         the signal started from, told without a huge first value or two.
 
     Example:
@@ -38,40 +39,42 @@ class LossHistory(NamedTuple):
     """
 
     values: jax.Array
-    next_index: jax.Array
     num_values: jax.Array
     start_value: jax.Array
 
     @classmethod
-    def empty(cls, size: int = WINDOW) -> "LossHistory":
-        """Returns a record of ``size`` slots with nothing in it."""
+    def empty(cls, size: int = WINDOW, shape: tuple[int, ...] = ()) -> "LossHistory":
+        """Returns a record of ``size`` slots with nothing in it.
+
+        Args:
+          size: length of the window, at least 1.
+          shape: leading axes, one entry for each signal; by default there is one.
+        """
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"size must be an int of at least 1, got size = {size}.")
         return cls(
-            values=jnp.zeros((size,), jnp.float32),
-            next_index=jnp.zeros((), jnp.int32),
-            num_values=jnp.zeros((), jnp.int32),
-            start_value=jnp.zeros((), jnp.float32),
+            values=jnp.zeros((*shape, size), jnp.float32),
+            num_values=jnp.zeros(shape, jnp.int32),
+            start_value=jnp.zeros(shape, jnp.float32),
         )
 
     def record(self, value: jax.typing.ArrayLike) -> "LossHistory":
         """Returns the record with ``value`` added; NaN and Inf add nothing."""
         value = jnp.asarray(value, jnp.float32)
         finite = jnp.isfinite(value)
-        size = self.values.shape[0]
-        slot = jnp.where(finite, value, self.values[self.next_index])
+        size = self.values.shape[-1]
+        slot = lax.broadcasted_iota(jnp.int32, self.values.shape, self.values.ndim - 1)
+        shift = [(0, 0, 0)] * (self.values.ndim - 1) + [(-1, 1, 0)]
+        shifted = lax.pad(self.values, jnp.zeros((), jnp.float32), shift)
+        shifted = jnp.where(slot == size - 1, value[..., None], shifted)
+        is_first = finite & (self.num_values == 0)
+        is_early = finite & (self.num_values < min(NUM_START_VALUES, size))
+        lower = jnp.minimum(self.start_value, value)
         return LossHistory(
-            values=self.values.at[self.next_index].set(slot),
-            next_index=jnp.where(finite, (self.next_index + 1) % size, self.next_index),
-            num_values=jnp.where(
-                finite, jnp.minimum(self.num_values + 1, size), self.num_values
-            ),
+            values=jnp.where(finite[..., None], shifted, self.values),
+            num_values=jnp.minimum(self.num_values + finite, size),
             start_value=jnp.where(
-                finite & (self.num_values < min(NUM_START_VALUES, size)),
-                jnp.where(
-                    self.num_values == 0, value, jnp.minimum(self.start_value, value)
-                ),
-                self.start_value,
+                is_first, value, jnp.where(is_early, lower, self.start_value)
             ),
         )
 
@@ -87,15 +90,17 @@ class LossHistory(NamedTuple):
         right once a model fits; for normal noise it is the standard deviation.
         Both are 0 for an empty record.
         """
-        size = self.values.shape[0]
-        used = jnp.arange(size) < self.num_values
-        ascending = jnp.sort(jnp.where(used, self.values, jnp.inf))
-        last = jnp.maximum(self.num_values - 1, 0)
-        median = ascending[last // 2]
-        upper = ascending[(19 * last + 19) // 20]  # ceil(0.95 last), in integers
-        empty = self.num_values == 0
-        zero = jnp.zeros((), jnp.float32)
-        return (
-            jnp.where(empty, zero, median),
-            jnp.where(empty, zero, (upper - median) / _Z95),
+        size = self.values.shape[-1]
+        num_values = self.num_values[..., None]
+        slot = lax.broadcasted_iota(jnp.int32, self.values.shape, self.values.ndim - 1)
+        is_used = slot >= size - num_values
+        ascending = jnp.sort(jnp.where(is_used, self.values, jnp.inf), axis=-1)
+        last = jnp.maximum(num_values - 1, 0)
+        index = jnp.concatenate(
+            [last // 2, (19 * last + 19) // 20],  # ceil(0.95 last), in integers
+            axis=-1,
         )
+        picked = jnp.take_along_axis(ascending, index, axis=-1)
+        picked = jnp.where(num_values > 0, picked, 0.0)
+        median, upper = picked[..., 0], picked[..., 1]
+        return median, (upper - median) / _Z95

@@ -3,13 +3,13 @@
 import enum
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ._history import NUM_START_VALUES, LossHistory
+from ._scalars import Scalars, lanes, pack, read, unpack
 
 LARGEST = 1e37  # larger magnitudes are treated as this one: sums must not overflow
 _SMALLEST = 1e-30
@@ -38,63 +38,67 @@ class Verdict(enum.IntEnum):
     REVERT = 2
 
 
-class JudgeState(NamedTuple):
-    """What the judge remembers; every field is finite whatever it is fed.
+class Judgement(NamedTuple):
+    """A verdict with its reasons, and what the next one needs to know.
+
+    Errors are in units of what is tolerated: 1 is the threshold. Every field is
+    finite, whatever the judge is fed.
 
     Attributes:
-      loss_history: the recent losses, an alarm clipped to what was tolerated.
-      norm_history: the recent logarithms of the gradient norm, likewise.
+      is_skipped: whether the verdict is SKIP, bool.
+      is_reverted: whether it is REVERT, bool; ACCEPT is neither.
+      is_new_revert: whether this step begins a revert (it lasts two), bool.
+      restore_pending: whether the next step repeats the revert, bool.
+      starts_anew: whether the windows do, with this step or, if that is a revert,
+        without it, bool.
+      scaled_error: rise of the loss above its median, float32.
+      scaled_norm_error: rise of the log gradient norm, float32.
+      scaled_drift: slow rise of the average loss, float32.
       avg_value: exponential average of the accepted losses, float32.
       avg_deviation: average distance of a loss from ``avg_value``, float32.
       best_value: the lowest ``avg_value``, fading over 1024 steps, float32.
-      num_averaged: number of losses in the average, up to 128, int32.
-      num_rejected_in_row: steps since the last ACCEPT, int32.
-      num_finite_rejected_in_row: those of them with finite input, int32.
-      restore_pending: whether the next step repeats the revert, bool.
+      num_averaged: number of losses in the average, up to 128, float32.
+      num_rejected_in_row: steps since the last ACCEPT, up to 4, float32.
+      num_finite_rejected_in_row: those of them with finite input, float32.
     """
 
-    loss_history: LossHistory
-    norm_history: LossHistory
-    avg_value: jax.Array
-    avg_deviation: jax.Array
-    best_value: jax.Array
-    num_averaged: jax.Array
-    num_rejected_in_row: jax.Array
-    num_finite_rejected_in_row: jax.Array
-    restore_pending: jax.Array
+    is_skipped: Any = False
+    is_reverted: Any = False
+    is_new_revert: Any = False
+    restore_pending: Any = False
+    starts_anew: Any = False
+    scaled_error: Any = 0.0
+    scaled_norm_error: Any = 0.0
+    scaled_drift: Any = 0.0
+    avg_value: Any = 0.0
+    avg_deviation: Any = 0.0
+    best_value: Any = 0.0
+    num_averaged: Any = 0.0
+    num_rejected_in_row: Any = 0.0
+    num_finite_rejected_in_row: Any = 0.0
 
 
-class Judgement(NamedTuple):
-    """A verdict with its reasons: errors in units of what is tolerated.
+class JudgeState(NamedTuple):
+    """What the judge remembers; every number is finite whatever it is fed.
+
+    The scalars can be read by name: ``judge_state.avg_value``, ...
 
     Attributes:
-      verdict: a `Verdict`, int32.
-      scaled_error: rise of the loss above its median; 1 is the threshold.
-      scaled_norm_error: rise of the log gradient norm; 1 is the threshold.
-      scaled_drift: slow rise of the average loss; 1 is the threshold.
-      is_new_revert: whether this step begins a revert (it lasts two), bool.
+      history: the recent losses and the recent logarithms of the gradient norm, an
+        alarm clipped to what was tolerated; leading axis 2.
+      scalars: the last `Judgement`.
     """
 
-    verdict: jax.Array
-    scaled_error: jax.Array
-    scaled_norm_error: jax.Array
-    scaled_drift: jax.Array
-    is_new_revert: jax.Array
+    history: LossHistory
+    scalars: Scalars
+
+    def __getattr__(self, name: str) -> jax.Array:
+        return read(Judgement, self.scalars, name)
 
 
 def init_judge() -> JudgeState:
     """Returns a judge that has seen nothing."""
-    return JudgeState(
-        loss_history=LossHistory.empty(),
-        norm_history=LossHistory.empty(),
-        avg_value=jnp.zeros((), jnp.float32),
-        avg_deviation=jnp.zeros((), jnp.float32),
-        best_value=jnp.zeros((), jnp.float32),
-        num_averaged=jnp.zeros((), jnp.int32),
-        num_rejected_in_row=jnp.zeros((), jnp.int32),
-        num_finite_rejected_in_row=jnp.zeros((), jnp.int32),
-        restore_pending=jnp.zeros((), jnp.bool_),
-    )
+    return JudgeState(LossHistory.empty(shape=(2,)), pack(Judgement()))
 
 
 def _resolution(level: jax.Array) -> jax.Array:
@@ -102,62 +106,72 @@ def _resolution(level: jax.Array) -> jax.Array:
     return _RESOLUTION * jnp.abs(level) + _SMALLEST
 
 
-def _scaled_rise(
+def _scaled_rises(
     history: LossHistory,
-    value: jax.Array,
+    signals: jax.Array,
     threshold: jax.typing.ArrayLike,
-    floor: jax.typing.ArrayLike,
-    progress_fraction: jax.typing.ArrayLike,
-    min_values: int,
+    floors: jax.Array,
+    progress_fractions: jax.Array,
+    min_values: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns ``(value - median) / tolerance``, and the largest tolerated value."""
-    median, spread = history.centre_and_spread()
-    progress = jnp.maximum(history.start_value - median, 0.0)
-    scale = jnp.maximum(
-        jnp.maximum(threshold * spread, progress_fraction * progress), floor
+    """Returns ``(signal - median) / tolerance``, and the largest tolerated signals.
+
+    All are vectors with an entry for the loss and one for the norm.
+    """
+    medians, spreads = history.centre_and_spread()
+    progress = jnp.maximum(history.start_value - medians, 0.0)
+    scales = jnp.maximum(
+        jnp.maximum(threshold * spreads, progress_fractions * progress), floors
     )
-    tolerance = jnp.maximum(scale, _resolution(median))
-    rise = jnp.clip((value - median) / tolerance, -LARGEST, LARGEST)
+    tolerances = jnp.maximum(scales, _resolution(medians))
+    rises = jnp.clip((signals - medians) / tolerances, -LARGEST, LARGEST)
     # a signal that was never anything but constant tells nothing of its scale
-    known = (history.num_values >= min_values) & (scale > 0.0)
+    known = (history.num_values >= min_values) & (scales > 0.0)
     return (
-        jnp.where(jnp.isfinite(value), jnp.where(known, rise, 0.0), LARGEST),
-        jnp.where(known, jnp.minimum(median + tolerance, LARGEST), LARGEST),
+        jnp.where(jnp.isfinite(signals), jnp.where(known, rises, 0.0), LARGEST),
+        jnp.where(known, jnp.minimum(medians + tolerances, LARGEST), LARGEST),
     )
 
 
-def _averages(state: JudgeState, loss: jax.Array) -> tuple[jax.Array, ...]:
+def _averages(
+    num_averaged: jax.Array, last: Judgement, loss: jax.Array
+) -> tuple[jax.Array, ...]:
     """Returns the average loss, its deviation and its best after ``loss``."""
-    mean_weight = 1.0 / (state.num_averaged.astype(jnp.float32) + 1.0)
-    is_first = state.num_averaged == 0
-    avg = state.avg_value + jnp.maximum(1.0 - _AVG_DECAY, mean_weight) * (
-        loss - state.avg_value
+    mean_weight = 1.0 / (num_averaged + 1.0)
+    is_first = num_averaged == 0
+    avg = last.avg_value + jnp.maximum(1.0 - _AVG_DECAY, mean_weight) * (
+        loss - last.avg_value
     )
     avg = jnp.where(is_first, loss, avg)  # a difference from a huge one would be lost
-    deviation = state.avg_deviation + jnp.maximum(
+    deviation = last.avg_deviation + jnp.maximum(
         1.0 - _DEVIATION_DECAY, mean_weight
-    ) * (jnp.abs(loss - avg) - state.avg_deviation)
-    best = jnp.where(is_first, avg, jnp.minimum(state.best_value, avg))
+    ) * (jnp.abs(loss - avg) - last.avg_deviation)
+    best = jnp.where(is_first, avg, jnp.minimum(last.best_value, avg))
     return avg, deviation, best
 
 
 def _scaled_drift(
-    state: JudgeState, avg: jax.Array, deviation: jax.Array, best: jax.Array
+    num_averaged: jax.Array,
+    start_value: jax.Array,
+    avg: jax.Array,
+    deviation: jax.Array,
+    best: jax.Array,
 ) -> jax.Array:
     """Returns the rise of the average loss in units of what is tolerated."""
-    progress = state.loss_history.start_value - best
     tolerance = jnp.maximum(
-        jnp.maximum(_DRIFT_DEVIATIONS * deviation, _DRIFT_PROGRESS * progress),
+        jnp.maximum(
+            _DRIFT_DEVIATIONS * deviation, _DRIFT_PROGRESS * (start_value - best)
+        ),
         _resolution(best),
     )
     return jnp.where(
-        state.num_averaged >= _DRIFT_MIN_VALUES,
+        num_averaged >= _DRIFT_MIN_VALUES,
         jnp.clip((avg - best) / tolerance, 0.0, LARGEST),
         0.0,
     )
 
 
-# jit: outside of a jitted step, a conditional would be compiled anew at every call
+# jit: outside of a jitted step, every operation would be dispatched by itself
 @functools.partial(jax.jit, static_argnames="norm_is_judged", inline=True)
 def judge(
     state: JudgeState,
@@ -188,6 +202,7 @@ def judge(
     Returns:
       The judgement and the new state.
     """
+    last = unpack(Judgement, state.scalars)
     if value is None:
         loss = jnp.zeros((), jnp.float32)
     else:
@@ -196,89 +211,90 @@ def judge(
     log_norm = jnp.where(grad_norm > 0.0, jnp.log(grad_norm), jnp.nan)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    # One outlier may be a bad batch, a second in a row means that params are bad.
-    error, limit = _scaled_rise(
-        state.loss_history, loss, threshold, 0.0, progress_fraction, NUM_START_VALUES
+    # Both signals are judged by one rule. The norm has a scale of its own, and can be
+    # judged from the second step on.
+    signals = lanes([loss, log_norm], jnp.float32)
+    is_early = state.history.num_values[1] < NUM_START_VALUES
+    errors, limits = _scaled_rises(
+        state.history,
+        signals,
+        threshold,
+        floors=lanes([0.0, jnp.where(is_early, 2.0, 1.0) * _LOG_NORM_FLOOR]),
+        progress_fractions=lanes([progress_fraction, 0.0]),
+        min_values=lanes([NUM_START_VALUES, 1.0]),
     )
-    # The norm has a scale of its own, and can be judged from the second step on.
-    is_early = state.norm_history.num_values < NUM_START_VALUES
-    norm_floor = jnp.where(is_early, 2.0 * _LOG_NORM_FLOOR, _LOG_NORM_FLOOR)
-    norm_error, norm_limit = _scaled_rise(
-        state.norm_history, log_norm, threshold, norm_floor, 0.0, 1
-    )
+    error, norm_error = errors[0], errors[1]
     norm_error = jnp.where(grad_norm == 0.0, 0.0, norm_error)
     if not norm_is_judged:
         norm_error = jnp.where(jnp.isfinite(grad_norm), 0.0, norm_error)
+
+    # One outlier may be a bad batch, a second in a row means that params are bad.
     is_outlier = jnp.maximum(error, norm_error) > 1.0
-    failed_audit &= ~is_outlier  # a bad batch is no witness
-    is_new_level = finite & (state.num_finite_rejected_in_row >= patience)
+    is_new_level = finite & (last.num_finite_rejected_in_row >= patience)
+    failed_audit &= ~(is_outlier | is_new_level)  # a bad batch is no witness
 
     # A slow rise has no outlier: the average shows it. A new level starts it anew.
-    state = state._replace(num_averaged=jnp.where(is_new_level, 0, state.num_averaged))
-    tolerated = jnp.where(is_outlier & ~is_new_level, state.avg_value, loss)
-    avg, deviation, best = _averages(state, tolerated)
-    drift = _scaled_drift(state, avg, state.avg_deviation, best)
+    num_averaged = jnp.where(is_new_level, 0.0, last.num_averaged)
+    tolerated = jnp.where(is_outlier & ~is_new_level, last.avg_value, loss)
+    avg, deviation, best = _averages(num_averaged, last, tolerated)
+    drift = _scaled_drift(
+        num_averaged, state.history.start_value[0], avg, last.avg_deviation, best
+    )
     is_drift = ~is_outlier & (drift > 1.0)
 
     # A revert is issued twice: only after the second time do params equal the
     # anchor exactly, however far away they were.
     is_new_revert = (
-        (is_outlier & (state.num_rejected_in_row == 1)) | is_drift | failed_audit
-    ) & ~(is_new_level | state.restore_pending)
-    verdict = jnp.where(
-        is_new_revert | state.restore_pending,
-        Verdict.REVERT,
-        jnp.where(is_outlier & ~is_new_level, Verdict.SKIP, Verdict.ACCEPT),
-    ).astype(jnp.int32)
+        (is_outlier & (last.num_rejected_in_row == 1)) | is_drift | failed_audit
+    ) & ~(is_new_level | last.restore_pending)
+    is_reverted = is_new_revert | last.restore_pending
+    is_skipped = ~is_reverted & is_outlier & ~is_new_level
+    is_rejected = is_reverted | is_skipped
 
-    def accept() -> JudgeState:
-        return state._replace(
-            avg_value=avg,
-            avg_deviation=deviation,
-            best_value=best + (avg - best) / _BEST_MEMORY,
-            num_averaged=jnp.minimum(state.num_averaged + 1, _DRIFT_MIN_VALUES),
-            num_rejected_in_row=jnp.zeros((), jnp.int32),
-            num_finite_rejected_in_row=jnp.zeros((), jnp.int32),
-        )
+    # After a drift the average starts anew, or a level that is there to stay would
+    # revert for ever.
+    forgets_average = is_new_revert & (is_drift | failed_audit)
+    more = jnp.minimum(num_averaged + 1.0, _DRIFT_MIN_VALUES)
+    judgement = Judgement(
+        is_skipped=is_skipped,
+        is_reverted=is_reverted,
+        is_new_revert=is_new_revert,
+        restore_pending=is_reverted & ~last.restore_pending,
+        starts_anew=is_new_level | failed_audit,
+        scaled_error=error,
+        scaled_norm_error=norm_error,
+        scaled_drift=drift,
+        avg_value=jnp.where(is_rejected, last.avg_value, avg),
+        avg_deviation=jnp.where(is_rejected, last.avg_deviation, deviation),
+        best_value=jnp.where(
+            is_rejected, last.best_value, best + (avg - best) / _BEST_MEMORY
+        ),
+        num_averaged=jnp.where(
+            forgets_average, 0.0, jnp.where(is_rejected, num_averaged, more)
+        ),
+        # more than a few in a row make no difference
+        num_rejected_in_row=jnp.where(
+            is_rejected, jnp.minimum(last.num_rejected_in_row + 1.0, 4.0), 0.0
+        ),
+        num_finite_rejected_in_row=jnp.where(
+            is_rejected, last.num_finite_rejected_in_row + finite, 0.0
+        ),
+    )
+    scalars = pack(judgement)
 
-    def reject() -> JudgeState:
-        return state._replace(
-            # more than a few in a row make no difference: no overflow
-            num_rejected_in_row=jnp.minimum(state.num_rejected_in_row + 1, 4),
-            num_finite_rejected_in_row=state.num_finite_rejected_in_row + finite,
-        )
-
-    def revert() -> JudgeState:
-        # After a drift the average starts anew, or a level that is there to stay
-        # would revert for ever.
-        new_average = is_new_revert & (is_drift | failed_audit)
-        return reject()._replace(
-            num_averaged=jnp.where(new_average, 0, state.num_averaged),
-            restore_pending=~state.restore_pending,
-        )
-
-    new_state = lax.switch(verdict, (accept, reject, revert))
+    # Read back: what comes later takes it from memory and does not judge again.
+    judgement = unpack(Judgement, scalars)
 
     # An alarm is recorded as the largest value that was tolerated: the window
     # always advances and follows a new level, but no outlier can blow it up.
-    def recorded(
-        history: LossHistory, signal: jax.Array, limit: jax.Array
-    ) -> LossHistory:
-        blank = LossHistory.empty(history.values.shape[0])
-        history = jax.tree.map(
-            lambda new, old: jnp.where(is_new_level | failed_audit, new, old),
-            blank,
-            history,
-        )
-        clipped = jnp.where(is_new_level, signal, jnp.minimum(signal, limit))
-        is_recorded = jnp.isfinite(signal) & ~failed_audit
-        return history.record(jnp.where(is_recorded, clipped, jnp.nan))
-
-    if value is not None:
-        new_state = new_state._replace(
-            loss_history=recorded(state.loss_history, loss, limit)
-        )
-    new_state = new_state._replace(
-        norm_history=recorded(state.norm_history, log_norm, norm_limit)
+    history = state.history._replace(
+        num_values=jnp.where(judgement.starts_anew, 0, state.history.num_values)
     )
-    return Judgement(verdict, error, norm_error, drift, is_new_revert), new_state
+    clipped = jnp.where(judgement.starts_anew, signals, jnp.minimum(signals, limits))
+    is_recorded = jnp.isfinite(signals) & ~(
+        judgement.starts_anew & judgement.is_reverted
+    )
+    if value is None:
+        is_recorded &= lanes([0.0, 1.0]) > 0.0
+    history = history.record(jnp.where(is_recorded, clipped, jnp.nan))
+    return judgement, JudgeState(history, scalars)

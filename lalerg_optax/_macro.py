@@ -8,8 +8,9 @@ import optax
 
 from ._anchor import Audit
 from ._checks import as_loss, check_range
-from ._gate import count_unless, open_gate
+from ._gate import count_if, open_gate
 from ._judge import Verdict
+from ._scalars import Scalars, pack, read, unpack
 
 _MAX_RATE = 2.0**40
 _ALIGNMENT_DECAY = 0.5
@@ -17,8 +18,8 @@ _STANDARD_ERRORS = 2.0
 _LARGEST_LOSS = 1e16  # its square, times the length of a window, is a float32
 
 
-class ScaleByMacroRateState(NamedTuple):
-    """State of `scale_by_macro_rate`; all fields are scalars.
+class MacroScalars(NamedTuple):
+    """What the macro level knows.
 
     Attributes:
       macro_rate: factor of the updates, in [2^-40, 2^40], float32.
@@ -29,33 +30,48 @@ class ScaleByMacroRateState(NamedTuple):
       is_reverting: whether the last verdict was REVERT, bool.
       avg_alignment: exponential average of the alignment of audits, float32.
       best_alignment: the largest ``avg_alignment``, float32.
-      window_count: accepted steps since the last audit, int32.
-      window_mean: mean of their losses, float32.
-      window_sum_of_squares: of the deviations from that mean, float32.
+      window_mean: mean of the losses accepted since the last audit, float32.
+      window_sum_of_squares: of their deviations from that mean, float32.
       last_window_mean: the mean of the window before, float32.
       last_window_variance: the variance of that mean, float32.
       best_window_mean: the lowest mean of a whole window, float32.
+      window_count: number of losses in the window, int32.
       num_windows: number of windows that are complete, int32.
       num_macro_held: number of steps that left the rate as it was because the
         verdict or a number that is not finite said so, int32.
     """
 
-    macro_rate: jax.Array
-    macro_min_rate: jax.Array
-    macro_max_rate: jax.Array
-    is_searching: jax.Array
-    has_improved: jax.Array
-    is_reverting: jax.Array
-    avg_alignment: jax.Array
-    best_alignment: jax.Array
-    window_count: jax.Array
-    window_mean: jax.Array
-    window_sum_of_squares: jax.Array
-    last_window_mean: jax.Array
-    last_window_variance: jax.Array
-    best_window_mean: jax.Array
-    num_windows: jax.Array
-    num_macro_held: jax.Array
+    macro_rate: Any = 1.0
+    macro_min_rate: Any = 1.0 / _MAX_RATE
+    macro_max_rate: Any = _MAX_RATE
+    is_searching: Any = True
+    has_improved: Any = False
+    is_reverting: Any = False
+    avg_alignment: Any = 0.0
+    best_alignment: Any = 0.0
+    window_mean: Any = 0.0
+    window_sum_of_squares: Any = 0.0
+    last_window_mean: Any = 0.0
+    last_window_variance: Any = 0.0
+    best_window_mean: Any = 0.0
+    window_count: Any = 0
+    num_windows: Any = 0
+    num_macro_held: Any = 0
+
+
+class ScaleByMacroRateState(NamedTuple):
+    """State of `scale_by_macro_rate`.
+
+    The scalars can be read by name: ``state.macro_rate``, ``state.is_searching``, ...
+
+    Attributes:
+      scalars: what the macro level knows; see `MacroScalars`.
+    """
+
+    scalars: Scalars
+
+    def __getattr__(self, name: str) -> jax.Array:
+        return read(MacroScalars, self.scalars, name)
 
 
 def scale_by_macro_rate(
@@ -158,26 +174,13 @@ def scale_by_macro_rate(
 
     def init_fn(params: optax.Params) -> ScaleByMacroRateState:
         del params
-        return ScaleByMacroRateState(
-            macro_rate=jnp.ones((), jnp.float32),
-            macro_min_rate=jnp.asarray(1.0 / _MAX_RATE if search else 1.0, jnp.float32),
-            macro_max_rate=jnp.asarray(_MAX_RATE if search else 1.0, jnp.float32),
-            is_searching=jnp.asarray(search, jnp.bool_),
-            has_improved=jnp.asarray(not search, jnp.bool_),
-            is_reverting=jnp.zeros((), jnp.bool_),
-            avg_alignment=jnp.zeros((), jnp.float32),
-            best_alignment=jnp.zeros((), jnp.float32),
-            window_count=jnp.zeros((), jnp.int32),
-            window_mean=jnp.zeros((), jnp.float32),
-            window_sum_of_squares=jnp.zeros((), jnp.float32),
-            last_window_mean=jnp.zeros((), jnp.float32),
-            last_window_variance=jnp.zeros((), jnp.float32),
-            best_window_mean=jnp.zeros((), jnp.float32),
-            num_windows=jnp.zeros((), jnp.int32),
-            num_macro_held=jnp.zeros((), jnp.int32),
+        bounds = () if search else (1.0, 1.0)
+        known = MacroScalars(1.0, *bounds)._replace(
+            is_searching=search, has_improved=not search
         )
+        return ScaleByMacroRateState(pack(known))
 
-    def observe(state: ScaleByMacroRateState, loss: jax.Array) -> ScaleByMacroRateState:
+    def observe(state: MacroScalars, loss: jax.Array) -> MacroScalars:
         """Adds a loss to the window (Welford's sums)."""
         count = state.window_count + 1
         mean = state.window_mean + (loss - state.window_mean) / count
@@ -188,7 +191,7 @@ def scale_by_macro_rate(
             + (loss - state.window_mean) * (loss - mean),
         )
 
-    def start_window(state: ScaleByMacroRateState) -> ScaleByMacroRateState:
+    def start_window(state: MacroScalars) -> MacroScalars:
         """Forgets the losses since the last audit."""
         return state._replace(
             window_count=jnp.zeros((), jnp.int32),
@@ -196,11 +199,11 @@ def scale_by_macro_rate(
             window_sum_of_squares=jnp.zeros((), jnp.float32),
         )
 
-    def variance_of_mean(state: ScaleByMacroRateState) -> jax.Array:
+    def variance_of_mean(state: MacroScalars) -> jax.Array:
         n = jnp.maximum(state.window_count, 2).astype(jnp.float32)
         return state.window_sum_of_squares / ((n - 1.0) * n)
 
-    def audit_window(state: ScaleByMacroRateState) -> tuple[jax.Array, jax.Array]:
+    def audit_window(state: MacroScalars) -> tuple[jax.Array, jax.Array]:
         """Returns whether the window was good, and whether it was bad."""
         variance = variance_of_mean(state) + state.last_window_variance
         margin = _STANDARD_ERRORS * jnp.sqrt(variance)
@@ -209,8 +212,8 @@ def scale_by_macro_rate(
         return is_known & (rise < -margin), is_known & (rise > margin)
 
     def audit_alignment(
-        state: ScaleByMacroRateState, alignment: jax.Array
-    ) -> tuple[jax.Array, jax.Array, ScaleByMacroRateState]:
+        state: MacroScalars, alignment: jax.Array
+    ) -> tuple[jax.Array, jax.Array, MacroScalars]:
         """Returns whether the audit was good, whether it was bad, and the state."""
         average = jnp.where(
             state.has_improved,
@@ -228,7 +231,7 @@ def scale_by_macro_rate(
         )
 
     def adapt(
-        state: ScaleByMacroRateState,
+        state: MacroScalars,
         is_audited: jax.Array,
         is_good: jax.Array,
         is_bad: jax.Array,
@@ -236,7 +239,7 @@ def scale_by_macro_rate(
         is_uphill: jax.Array,
         is_found: jax.Array,
         is_reverted: jax.Array,
-    ) -> ScaleByMacroRateState:
+    ) -> MacroScalars:
         """Applies the rule of the docstring."""
         rate, max_rate = state.macro_rate, state.macro_max_rate
         is_bad &= is_audited & state.is_searching
@@ -280,7 +283,8 @@ def scale_by_macro_rate(
         if verdict is not None:
             is_reverted = verdict == Verdict.REVERT
 
-        seen = observe(state, jnp.clip(loss, -_LARGEST_LOSS, _LARGEST_LOSS))
+        last = unpack(MacroScalars, state.scalars)
+        seen = observe(last, jnp.clip(loss, -_LARGEST_LOSS, _LARGEST_LOSS))
         is_known, is_found = jnp.ones((), jnp.bool_), jnp.zeros((), jnp.bool_)
         if audit is not None:
             is_audited = audit.is_taken & is_open
@@ -309,11 +313,11 @@ def scale_by_macro_rate(
             return jax.tree.map(lambda n, o: jnp.where(pred, n, o), new, old)
 
         # A revert lasts two steps, and is one piece of news.
-        is_news = is_reverted & ~state.is_reverting
-        held = choose(is_news, start_window(state), state)
-        new_state = choose(is_audited, audited, choose(is_open, seen, held))
-        new_state = adapt(
-            new_state,
+        is_news = is_reverted & ~last.is_reverting
+        held = choose(is_news, start_window(last), last)
+        known = choose(is_audited, audited, choose(is_open, seen, held))
+        known = adapt(
+            known,
             is_audited & is_known,
             is_good,
             is_bad,
@@ -323,11 +327,11 @@ def scale_by_macro_rate(
             is_news,
         )._replace(
             is_reverting=is_reverted,
-            num_macro_held=count_unless(is_open, state.num_macro_held),
+            num_macro_held=count_if(~is_open, last.num_macro_held),
         )
-        scaled = jax.tree.map(
-            lambda u: (new_state.macro_rate * u).astype(u.dtype), updates
-        )
+        new_state = ScaleByMacroRateState(pack(known))
+        rate = new_state.macro_rate
+        scaled = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
         return scaled, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -8,7 +8,7 @@ import optax
 
 from ._anchor import Audit
 from ._checks import check_range
-from ._gate import count_unless, open_gate
+from ._gate import count_if, open_gate
 from ._judge import Verdict
 
 
@@ -98,6 +98,9 @@ def scale_by_micro_rate(
     check_range("eps", eps, 0.0, float("inf"))
     check_range("eps_root", eps_root, 0.0, float("inf"))
 
+    has_no_eps_root = isinstance(eps_root, int | float) and eps_root == 0
+    may_be_zero = not (isinstance(eps, int | float) and eps > 0)
+
     def wide(x: jax.Array) -> jnp.dtype:
         # a decay of 0.999 is lost in bfloat16, and a square overflows float16
         return jnp.promote_types(x.dtype, jnp.float32)
@@ -130,7 +133,7 @@ def scale_by_micro_rate(
         # state afterwards would keep old and new alive, and cost a copy.
         keep1, add1 = jnp.where(is_open, b1, 1.0), jnp.where(is_open, 1.0 - b1, 0.0)
         keep2, add2 = jnp.where(is_open, b2, 1.0), jnp.where(is_open, 1.0 - b2, 0.0)
-        count = count_unless(~is_open, state.micro_count)
+        count = count_if(is_open, state.micro_count)
         if verdict is not None:
             keep1 = jnp.where(verdict == Verdict.REVERT, 0.0, keep1)
         if audit is not None:
@@ -145,17 +148,20 @@ def scale_by_micro_rate(
             state.nu,
         )
         t = jnp.maximum(count, 1).astype(jnp.float32)
-        correction1, correction2 = 1.0 - b1**t, 1.0 - b2**t
+        gate = jnp.where(is_open, 1.0 / (1.0 - b1**t), 0.0)  # mu is always finite
+        correction2 = 1.0 - b2**t
 
         def scaled(g: jax.Array, m: jax.Array, n: jax.Array) -> jax.Array:
-            root = jnp.sqrt(n / correction2 + eps_root) + eps
-            # where, not a factor: with eps = 0 an entry without gradients is 0 / 0
-            is_known = is_open & (root > 0)
-            return jnp.where(is_known, m / correction1 / root, 0).astype(g.dtype)
+            square = n / correction2
+            root = jnp.sqrt(square if has_no_eps_root else square + eps_root) + eps
+            u = gate * m / root
+            if may_be_zero:  # an entry without gradients is 0 / 0
+                u = jnp.where(root > 0, u, 0)
+            return u.astype(g.dtype)
 
         return jax.tree.map(scaled, updates, mu, nu), ScaleByMicroRateState(
             micro_count=count,
-            num_micro_held=count_unless(is_open, state.num_micro_held),
+            num_micro_held=count_if(~is_open, state.num_micro_held),
             mu=mu,
             nu=nu,
         )

@@ -6,23 +6,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._judge import Judgement
 from ._macro import ScaleByMacroRateState
 from ._micro import ScaleByMicroRateState
-from ._regulate import ErrorRegulateState
+from ._regulate import ErrorRegulateState, RegulatorScalars
+from ._scalars import read
 
-_REGULATOR_FIELDS = (
-    "verdict",
+_JUDGEMENT_FIELDS = (
     "scaled_error",
     "scaled_norm_error",
     "scaled_drift",
-    "grad_norm",
-    "alignment",
-    "damping",
-    "num_accepted",
-    "num_skipped",
-    "num_reverted",
-    "num_audits_passed",
-    "anchor_age",
+    "avg_value",
+    "best_value",
 )
 
 
@@ -54,12 +49,6 @@ def _label(path: tuple[Any, ...], kinds: Any) -> str:
         for key in path
         if isinstance(key, kinds)
     )
-
-
-def _scalar(field: Any) -> jax.Array:
-    """Returns the array of a field, which NNX wraps in a variable."""
-    (leaf,) = jax.tree.leaves(field)
-    return leaf
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
@@ -119,22 +108,24 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
             "opt_state has no state of error_regulate, scale_by_macro_rate or "
             "scale_by_micro_rate in it."
         )
-    judges = {label: state.judge_state for label, state in regulators.items()}
     groups = {**regulators, **macros, **micros}
     report = {
         f"{label}macro_rate": jnp.ones((), jnp.float32)
         for label in groups
         if not any(other.startswith(label) for other in macros)
     }
-    for states, fields in (
-        (regulators, _REGULATOR_FIELDS),
-        (judges, ("avg_value", "best_value")),
-        (macros, ("macro_rate", "num_macro_held")),
-        (micros, ("num_micro_held",)),
-    ):
-        for label, state in states.items():
-            for field in fields:
-                report[label + field] = _scalar(getattr(state, field))
+    for label, regulator in regulators.items():
+        for name in RegulatorScalars._fields:
+            report[label + name] = getattr(regulator, name)
+        for name in _JUDGEMENT_FIELDS:
+            scalars = regulator.judge_state.scalars
+            report[label + name] = read(Judgement, scalars, name)
+    for label, macro in macros.items():
+        for name in ("macro_rate", "num_macro_held"):
+            report[label + name] = getattr(macro, name)
+    for label, micro in micros.items():
+        (held,) = jax.tree.leaves(micro.num_micro_held)  # NNX wraps it in a variable
+        report[label + "num_micro_held"] = held
     if len(groups) == 1:  # nothing to tell apart
         (label,) = groups
         report = {name.removeprefix(label): value for name, value in report.items()}

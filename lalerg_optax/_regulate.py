@@ -1,6 +1,5 @@
 """Error regulation: judge every step; accept, skip or revert it."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +13,11 @@ from ._anchor import (
     global_norm,
     refresh_anchor,
     take_audit,
-    way_back,
 )
 from ._checks import as_loss, check_range
-from ._gate import count_unless
+from ._gate import count_if
 from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge
+from ._scalars import Scalars, pack, read, unpack
 
 _MIN_ANCHOR_EVERY = 5  # steps; odd, so that a swing to and fro is not back at its start
 _HEALTHY = 0.5  # errors below half of what is tolerated: fit to be gone back to
@@ -26,48 +25,51 @@ _MIN_DAMPING = 2.0**-10
 _OWN_EXTRA_ARGS = ("verdict", "audit")  # those of an outer regulator stay outside
 
 
-class ErrorRegulateState(NamedTuple):
-    """State of `error_regulate`. Every number in it is finite at all times.
-
-    Told anew by every step:
+class RegulatorScalars(NamedTuple):
+    """What the regulator told at the last step, and what it counts.
 
     Attributes:
-      verdict: the last `Verdict`, int32.
-      scaled_error: rise of the loss in units of what is tolerated, float32.
-      scaled_norm_error: the same of the logarithm of the gradient norm, float32.
-      scaled_drift: the same of the average of the losses, float32.
       grad_norm: global norm of the gradient before clipping, float32.
       alignment: what the last audit told, in [-1, 1], float32.
       damping: factor of the updates, in [2^-10, 1], float32.
+      verdict: the last `Verdict`, int32.
       num_accepted: number of steps accepted, int32.
       num_skipped: number of steps skipped, int32.
       num_reverted: number of steps spent on reverts (two each), int32.
       num_audits_passed: number of audits with a positive alignment, int32.
       anchor_age: accepted updates by which params are away from the anchor, int32.
+    """
 
-    Carried:
+    grad_norm: Any = 0.0
+    alignment: Any = 0.0
+    damping: Any = 1.0
+    verdict: Any = 0
+    num_accepted: Any = 0
+    num_skipped: Any = 0
+    num_reverted: Any = 0
+    num_audits_passed: Any = 0
+    anchor_age: Any = 0
+
+
+class ErrorRegulateState(NamedTuple):
+    """State of `error_regulate`. Every number in it is finite at all times.
+
+    The scalars can be read by name: ``state.verdict``, ``state.damping``, ...
 
     Attributes:
-      judge_state: histories and averages.
+      scalars: what was told at the last step, and counters; see `RegulatorScalars`.
+      judge_state: history of the two signals and the last judgement.
       anchor: the params that a revert goes back to, a tree like the params.
       inner_state: the state of the wrapped transformation.
     """
 
-    verdict: jax.Array
-    scaled_error: jax.Array
-    scaled_norm_error: jax.Array
-    scaled_drift: jax.Array
-    grad_norm: jax.Array
-    alignment: jax.Array
-    damping: jax.Array
-    num_accepted: jax.Array
-    num_skipped: jax.Array
-    num_reverted: jax.Array
-    num_audits_passed: jax.Array
-    anchor_age: jax.Array
+    scalars: Scalars
     judge_state: JudgeState
     anchor: optax.Params
     inner_state: optax.OptState
+
+    def __getattr__(self, name: str) -> jax.Array:
+        return read(RegulatorScalars, self.scalars, name)
 
 
 def _keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -81,7 +83,6 @@ def _keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(new), new, old) if is_scalar_float else new
 
 
-@functools.partial(jax.jit, inline=True)
 def _damp(
     damping: jax.Array,
     judgement: Judgement,
@@ -90,19 +91,12 @@ def _damp(
     recovery_steps: jax.typing.ArrayLike,
 ) -> jax.Array:
     """Returns the damping: cut by a revert, restored by accepted steps."""
-
-    def recover() -> jax.Array:
-        factor = jnp.asarray(backoff_factor, jnp.float32) ** (-1.0 / recovery_steps)
-        return jnp.minimum(damping * factor, 1.0)
-
-    def keep() -> jax.Array:
-        return damping
-
-    def cut() -> jax.Array:
-        lower = jnp.maximum(damping * backoff_factor, _MIN_DAMPING)
-        return jnp.where(judgement.is_new_revert & is_started, lower, damping)
-
-    return lax.switch(judgement.verdict, (recover, keep, cut))
+    recovery = jnp.asarray(backoff_factor, jnp.float32) ** (-1.0 / recovery_steps)
+    recovered = jnp.minimum(damping * recovery, 1.0)
+    cut = jnp.maximum(damping * backoff_factor, _MIN_DAMPING)
+    is_cut = judgement.is_new_revert & is_started
+    is_held = judgement.is_skipped | judgement.is_reverted
+    return jnp.where(is_cut, cut, jnp.where(is_held, damping, recovered))
 
 
 def error_regulate(
@@ -259,20 +253,8 @@ def error_regulate(
     chained = optax.with_extra_args_support(optax.identity() if is_flat else inner)
 
     def init_fn(params: optax.Params) -> ErrorRegulateState:
-        # One array a field: shared ones could not be donated.
         return ErrorRegulateState(
-            verdict=jnp.zeros((), jnp.int32),
-            scaled_error=jnp.zeros((), jnp.float32),
-            scaled_norm_error=jnp.zeros((), jnp.float32),
-            scaled_drift=jnp.zeros((), jnp.float32),
-            grad_norm=jnp.zeros((), jnp.float32),
-            alignment=jnp.zeros((), jnp.float32),
-            damping=jnp.ones((), jnp.float32),
-            num_accepted=jnp.zeros((), jnp.int32),
-            num_skipped=jnp.zeros((), jnp.int32),
-            num_reverted=jnp.zeros((), jnp.int32),
-            num_audits_passed=jnp.zeros((), jnp.int32),
-            anchor_age=jnp.zeros((), jnp.int32),
+            scalars=pack(RegulatorScalars()),
             judge_state=init_judge(),
             anchor=copy_params(params),
             inner_state=chained.init(params),
@@ -294,19 +276,21 @@ def error_regulate(
         extra_args = {k: v for k, v in extra_args.items() if k not in _OWN_EXTRA_ARGS}
 
         # Measure: scalars only.
+        last = unpack(RegulatorScalars, state.scalars)
         grad_norm = global_norm(updates)
         value = as_loss(value)
         if axis_name is not None:
             value, grad_norm = lax.pmean((value, grad_norm), axis_name)
-        is_due = state.anchor_age >= jnp.minimum(
-            jnp.maximum(state.num_accepted // 8, _MIN_ANCHOR_EVERY), anchor_every
+        is_due = last.anchor_age >= jnp.minimum(
+            jnp.maximum(last.num_accepted // 8, _MIN_ANCHOR_EVERY), anchor_every
         )
         is_started, is_failed = jnp.ones((), jnp.bool_), jnp.zeros((), jnp.bool_)
+        alignment = last.alignment
         if audit:
             is_seen, alignment = take_audit(
                 is_due, updates, grad_norm, state.anchor, params
             )
-            is_started = state.num_audits_passed > 0
+            is_started = last.num_audits_passed > 0
             is_failed = is_seen & (alignment < 0.0) & ~is_started
 
         # Judge.
@@ -320,15 +304,16 @@ def error_regulate(
             progress_fraction=progress_fraction,
             patience=patience,
         )
-        verdict = judgement.verdict
-        is_accepted = verdict == Verdict.ACCEPT
-        is_reverted = verdict == Verdict.REVERT
-        errors = (
-            judgement.scaled_error,
-            judgement.scaled_norm_error,
-            judgement.scaled_drift,
+        is_skipped, is_reverted = judgement.is_skipped, judgement.is_reverted
+        is_accepted = ~(is_skipped | is_reverted)
+        verdict = jnp.where(
+            is_reverted, Verdict.REVERT, jnp.where(is_skipped, Verdict.SKIP, 0)
+        ).astype(jnp.int32)
+        is_healthy = (
+            (judgement.scaled_error < _HEALTHY)
+            & (judgement.scaled_norm_error < _HEALTHY)
+            & (judgement.scaled_drift < _HEALTHY)
         )
-        is_healthy = jnp.max(jnp.stack(errors)) < _HEALTHY
         is_moved = is_due & is_accepted & is_healthy
         report = None
         if audit:  # one look back for each anchor
@@ -339,15 +324,19 @@ def error_regulate(
             )
 
         # Inner: sees nothing of a rejected batch.
-        clipped = updates
+        scale = None
         if clip_norm is not None:
             scale = clip_norm / jnp.maximum(grad_norm, clip_norm)
-            clipped = jax.tree.map(lambda g: (scale * g).astype(g.dtype), updates)
-        grads = jax.tree.map(lambda g: jnp.where(is_accepted, g, 0), clipped)
+
+        def admit(g: jax.Array) -> jax.Array:
+            clipped = g if scale is None else (scale * g).astype(g.dtype)
+            return jnp.where(is_accepted, clipped, jnp.zeros((), g.dtype))
+
+        grads = jax.tree.map(admit, updates)
         usable_value = (
             None
             if value is None
-            else jnp.where(is_accepted, value, judge_state.avg_value)
+            else jnp.where(is_accepted, value, judgement.avg_value)
         )
         extra_args["value"] = usable_value
         if "grad" in extra_args:  # line searches take the gradient a second time
@@ -359,43 +348,46 @@ def error_regulate(
         )
         inner_state = jax.tree.map(_keep_finite, inner_state, state.inner_state)
 
-        # Act.
-        damping = _damp(
-            state.damping, judgement, is_started, backoff_factor, recovery_steps
+        # Count.
+        is_told = jnp.zeros((), jnp.bool_)
+        is_passed = jnp.zeros((), jnp.bool_)
+        if report is not None:
+            is_told = (is_failed & is_reverted) | report.is_taken
+            is_passed = report.is_taken & (report.alignment > 0.0)
+        scalars = pack(
+            RegulatorScalars(
+                grad_norm=jnp.nan_to_num(grad_norm, nan=LARGEST, posinf=LARGEST),
+                alignment=jnp.where(is_told, alignment, last.alignment),
+                damping=_damp(
+                    last.damping, judgement, is_started, backoff_factor, recovery_steps
+                ),
+                verdict=verdict,
+                num_accepted=count_if(is_accepted, last.num_accepted),
+                num_skipped=count_if(is_skipped, last.num_skipped),
+                num_reverted=count_if(is_reverted, last.num_reverted),
+                num_audits_passed=count_if(is_passed, last.num_audits_passed),
+                # the anchor is what params were before the update of this step
+                anchor_age=jnp.where(
+                    is_moved,
+                    1,
+                    jnp.where(is_reverted, 0, count_if(is_accepted, last.anchor_age)),
+                ),
+            )
         )
-        anchor, gate = refresh_anchor(is_moved, state.anchor, params, damping)
+
+        # Act.
+        damping = read(RegulatorScalars, scalars, "damping")
+        gate = jnp.where(is_skipped, 0.0, damping)
+        anchor, gate = refresh_anchor(is_moved, state.anchor, params, gate)
 
         def act(p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
             damped = (gate * u).astype(p.dtype)
-            step = jnp.where(is_accepted & jnp.isfinite(p + damped), damped, 0)
-            return jnp.where(is_reverted, way_back(a, p), step)
+            step = jnp.where(is_reverted, a - p, damped)
+            is_safe = jnp.isfinite(p + step)  # of 0 * nan, too
+            return jnp.where(is_safe, step, jnp.zeros((), p.dtype))
 
         return jax.tree.map(act, params, inner_updates, anchor), ErrorRegulateState(
-            verdict=verdict,
-            scaled_error=judgement.scaled_error,
-            scaled_norm_error=judgement.scaled_norm_error,
-            scaled_drift=judgement.scaled_drift,
-            grad_norm=jnp.nan_to_num(grad_norm, nan=LARGEST, posinf=LARGEST),
-            alignment=state.alignment
-            if report is None
-            else jnp.where(
-                (is_failed & is_reverted) | report.is_taken, alignment, state.alignment
-            ),
-            damping=damping,
-            num_accepted=count_unless(~is_accepted, state.num_accepted),
-            num_skipped=count_unless(is_accepted | is_reverted, state.num_skipped),
-            num_reverted=count_unless(~is_reverted, state.num_reverted),
-            num_audits_passed=state.num_audits_passed
-            if report is None
-            else count_unless(
-                ~(report.is_taken & (report.alignment > 0.0)), state.num_audits_passed
-            ),
-            # the anchor is what params were before the update of this step
-            anchor_age=jnp.where(
-                is_moved,
-                1,
-                jnp.where(is_reverted, 0, count_unless(~is_accepted, state.anchor_age)),
-            ),
+            scalars=scalars,
             judge_state=judge_state,
             anchor=anchor,
             inner_state=inner_state,

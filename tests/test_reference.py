@@ -14,6 +14,8 @@ import reference
 from reference import ACCEPT, REVERT, SKIP
 
 import lalerg_optax as lo
+from lalerg_optax._judge import JudgeState
+from lalerg_optax._monitor import find_states
 
 NUM_STEPS = 300
 SEEDS = (5, 6, 9)  # with these, all that a case names below comes to pass
@@ -175,6 +177,17 @@ def as_vector(tree):
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+def parts_of(state):
+    """Returns the state, those of the judge and of the links, and of Optax's."""
+    kinds = (
+        lo.ErrorRegulateState,
+        JudgeState,
+        lo.ScaleByMacroRateState,
+        lo.ScaleByMicroRateState,
+    )
+    return [part for kind in kinds for part in find_states(state, kind).values()]
+
+
 def make_step(tx, has_value):
     """Returns a step of training that tells all that there is to compare."""
 
@@ -193,9 +206,9 @@ def make_step(tx, has_value):
         params = lo.apply_updates(params, updates, state)
         seen = {"params": params, "grads": grads, "loss": loss}
         for name in (EXACT | CLOSE) - {"params"}:
-            field = optax.tree.get(state, name)
-            if field is not None:
-                seen[name] = field
+            for part in parts_of(state):
+                if hasattr(part, name):
+                    seen[name] = getattr(part, name)
         seen = {k: as_vector(v) if isinstance(v, dict) else v for k, v in seen.items()}
         return (params, state), seen
 

@@ -293,7 +293,7 @@ def test_an_infinite_first_loss_does_not_blind_the_judge(bad):
     params, state = step(params, tx.init(params), bad, jnp.full(6, bad))
     for _ in range(60):
         params, state = step(params, state, 0.0, jnp.zeros(6))
-    assert 5.0 < state.judge_state.loss_history.start_value <= 6.0
+    assert 5.0 < state.judge_state.history.start_value[0] <= 6.0
     _, after_loss = step(params, state, 1e4, jnp.zeros(6))
     _, after_norm = step(params, state, 0.0, jnp.full(6, 1e4))
     assert after_loss.verdict == after_norm.verdict == Verdict.SKIP

@@ -1,0 +1,86 @@
+"""Scalars: a record of named scalars that is kept in two arrays.
+
+Every output of a compiled step is a kernel of its own, to be compiled and to be
+launched. The forty scalars of a regulator in forty arrays took longer to compile than
+AdamW, and on a small model longer to run; in a few arrays they do not.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Record = TypeVar("Record", bound=tuple[Any, ...])
+
+
+class Scalars(NamedTuple):
+    """A record of scalars, packed.
+
+    Attributes:
+      floats: the numbers and the truth values (0 or 1), in the order of the record,
+        float32, shape ``(..., n)``.
+      counts: the integers, likewise, int32, shape ``(..., m)``; None without any.
+    """
+
+    floats: jax.Array
+    counts: jax.Array | None = None
+
+
+def _is_count(default: Any) -> bool:
+    return isinstance(default, int) and not isinstance(default, bool)
+
+
+def lanes(
+    scalars: Sequence[jax.typing.ArrayLike], dtype: Any = jnp.float32
+) -> jax.Array:
+    """Returns scalars as one vector.
+
+    A chain of selects is one elementwise kernel, in which what entries have in common
+    is computed once. ``jnp.stack`` would be compiled entry by entry.
+    """
+    lane = lax.iota(jnp.int32, len(scalars))
+    packed = jnp.zeros(len(scalars), dtype)
+    for i, scalar in enumerate(scalars):
+        packed = jnp.where(lane == i, jnp.asarray(scalar, dtype), packed)
+    return packed
+
+
+def pack(record: tuple[Any, ...]) -> Scalars:
+    """Returns a record of scalars as one or two arrays.
+
+    Args:
+      record: a NamedTuple of scalars, whose class has a default for each field: a
+        float, a bool or, for a counter, an int.
+    """
+    defaults = type(record)._field_defaults.values()  # type: ignore[attr-defined]
+    pairs = list(zip(record, defaults, strict=True))
+    counts = [x for x, d in pairs if _is_count(d)]
+    return Scalars(
+        floats=lanes([x for x, d in pairs if not _is_count(d)]),
+        counts=lanes(counts, jnp.int32) if counts else None,
+    )
+
+
+def read(kind: type[tuple[Any, ...]], scalars: Scalars, name: str) -> jax.Array:
+    """Returns one scalar of a record: float32, bool or int32.
+
+    Raises:
+      AttributeError: if the record has no such field.
+    """
+    defaults = kind._field_defaults  # type: ignore[attr-defined]
+    if name not in defaults:
+        raise AttributeError(f"{kind.__name__} has no field {name!r}.")
+    floats, *counts = jax.tree.leaves(scalars)  # NNX wraps them in variables
+    is_count = _is_count(defaults[name])
+    lane = [n for n, d in defaults.items() if _is_count(d) == is_count].index(name)
+    source = counts[0] if is_count else floats
+    scalar = lax.index_in_dim(source, lane, axis=-1, keepdims=False)
+    return scalar > 0.5 if isinstance(defaults[name], bool) else scalar
+
+
+def unpack(kind: type[Record], scalars: Scalars) -> Record:
+    """Returns the whole record."""
+    names = kind._field_defaults  # type: ignore[attr-defined]
+    return kind(*(read(kind, scalars, name) for name in names))
