@@ -22,6 +22,7 @@ _DRIFT_DEVIATIONS = 4.0  # the range of such an average over 10^6 steps of noise
 _DRIFT_PROGRESS = 0.5  # "undoes the progress": half of it
 _DRIFT_MIN_VALUES = 128  # the deviation is an average over about that many
 _BEST_MEMORY = 1024.0  # steps over which the best average fades
+_MANY = 4.0  # more rejected steps in a row make no difference
 
 
 class Verdict(enum.IntEnum):
@@ -49,7 +50,7 @@ class Judgement(NamedTuple):
       is_reverted: whether it is REVERT, bool; ACCEPT is neither.
       is_new_revert: whether this step begins a revert (it lasts two), bool.
       restore_pending: whether the next step repeats the revert, bool.
-      starts_anew: whether the windows do, with this step or, if that is a revert,
+      starts_anew: whether the windows do: with this step or, if that is a revert,
         without it, bool.
       scaled_error: rise of the loss above its median, float32.
       scaled_norm_error: rise of the log gradient norm, float32.
@@ -179,12 +180,11 @@ def judge(
     grad_norm: jax.Array,
     *,
     norm_is_judged: bool,
-    failed_audit: jax.Array,
     threshold: jax.typing.ArrayLike,
     progress_fraction: jax.typing.ArrayLike,
     patience: jax.typing.ArrayLike,
-) -> tuple[Judgement, JudgeState]:
-    """Judges one step.
+) -> JudgeState:
+    """Judges one step. A judgement may still be overruled: see `overrule`.
 
     The equations stand in `error_regulate`, whose arguments these are.
 
@@ -194,13 +194,12 @@ def judge(
       grad_norm: the global norm of the gradient before clipping, float32 scalar.
       norm_is_judged: whether a large norm is an error; one that is not finite
         always is.
-      failed_audit: whether the very first steps led nowhere, bool scalar.
       threshold: tolerance in units of the upper spread.
       progress_fraction: tolerance in units of the progress since the start.
       patience: finite steps that may be rejected in a row.
 
     Returns:
-      The judgement and the new state.
+      The new state, with the judgement in it.
     """
     last = unpack(Judgement, state.scalars)
     if value is None:
@@ -213,7 +212,7 @@ def judge(
 
     # Both signals are judged by one rule. The norm has a scale of its own, and can be
     # judged from the second step on.
-    signals = lanes([loss, log_norm], jnp.float32)
+    signals = lanes([loss, log_norm])
     is_early = state.history.num_values[1] < NUM_START_VALUES
     errors, limits = _scaled_rises(
         state.history,
@@ -231,7 +230,6 @@ def judge(
     # One outlier may be a bad batch, a second in a row means that params are bad.
     is_outlier = jnp.maximum(error, norm_error) > 1.0
     is_new_level = finite & (last.num_finite_rejected_in_row >= patience)
-    failed_audit &= ~(is_outlier | is_new_level)  # a bad batch is no witness
 
     # A slow rise has no outlier: the average shows it. A new level starts it anew.
     num_averaged = jnp.where(is_new_level, 0.0, last.num_averaged)
@@ -244,23 +242,23 @@ def judge(
 
     # A revert is issued twice: only after the second time do params equal the
     # anchor exactly, however far away they were.
-    is_new_revert = (
-        (is_outlier & (last.num_rejected_in_row == 1)) | is_drift | failed_audit
-    ) & ~(is_new_level | last.restore_pending)
+    is_new_revert = ((is_outlier & (last.num_rejected_in_row == 1)) | is_drift) & ~(
+        is_new_level | last.restore_pending
+    )
     is_reverted = is_new_revert | last.restore_pending
     is_skipped = ~is_reverted & is_outlier & ~is_new_level
     is_rejected = is_reverted | is_skipped
 
     # After a drift the average starts anew, or a level that is there to stay would
     # revert for ever.
-    forgets_average = is_new_revert & (is_drift | failed_audit)
+    forgets_average = is_new_revert & is_drift
     more = jnp.minimum(num_averaged + 1.0, _DRIFT_MIN_VALUES)
     judgement = Judgement(
         is_skipped=is_skipped,
         is_reverted=is_reverted,
         is_new_revert=is_new_revert,
         restore_pending=is_reverted & ~last.restore_pending,
-        starts_anew=is_new_level | failed_audit,
+        starts_anew=is_new_level,
         scaled_error=error,
         scaled_norm_error=norm_error,
         scaled_drift=drift,
@@ -272,9 +270,8 @@ def judge(
         num_averaged=jnp.where(
             forgets_average, 0.0, jnp.where(is_rejected, num_averaged, more)
         ),
-        # more than a few in a row make no difference
         num_rejected_in_row=jnp.where(
-            is_rejected, jnp.minimum(last.num_rejected_in_row + 1.0, 4.0), 0.0
+            is_rejected, jnp.minimum(last.num_rejected_in_row + 1.0, _MANY), 0.0
         ),
         num_finite_rejected_in_row=jnp.where(
             is_rejected, last.num_finite_rejected_in_row + finite, 0.0
@@ -291,10 +288,35 @@ def judge(
         num_values=jnp.where(judgement.starts_anew, 0, state.history.num_values)
     )
     clipped = jnp.where(judgement.starts_anew, signals, jnp.minimum(signals, limits))
-    is_recorded = jnp.isfinite(signals) & ~(
-        judgement.starts_anew & judgement.is_reverted
-    )
+    is_recorded = jnp.isfinite(signals)
     if value is None:
         is_recorded &= lanes([0.0, 1.0]) > 0.0
     history = history.record(jnp.where(is_recorded, clipped, jnp.nan))
-    return judgement, JudgeState(history, scalars)
+    return JudgeState(history, scalars)
+
+
+def overrule(is_overruled: jax.Array, judged: Scalars, last: Scalars) -> Scalars:
+    """Turns an ACCEPT into a REVERT after which everything is learnt anew.
+
+    Args:
+      is_overruled: whether to do so, bool scalar.
+      judged: the judgement of this step.
+      last: that of the step before.
+    """
+    before, judgement = unpack(Judgement, last), unpack(Judgement, judged)
+    revert = before._replace(
+        is_skipped=False,
+        is_reverted=True,
+        is_new_revert=True,
+        restore_pending=True,
+        starts_anew=True,
+        scaled_error=judgement.scaled_error,
+        scaled_norm_error=judgement.scaled_norm_error,
+        scaled_drift=judgement.scaled_drift,
+        num_averaged=0.0,
+        num_rejected_in_row=jnp.minimum(before.num_rejected_in_row + 1.0, _MANY),
+        num_finite_rejected_in_row=before.num_finite_rejected_in_row + 1.0,
+    )
+    return pack(
+        jax.tree.map(lambda r, j: jnp.where(is_overruled, r, j), revert, judgement)
+    )

@@ -1,5 +1,6 @@
 """Error regulation: judge every step; accept, skip or revert it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,16 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ._anchor import (
-    Audit,
-    copy_params,
-    global_norm,
-    refresh_anchor,
-    take_audit,
-)
+from ._anchor import Audit, copy_params, global_norm, look_back, move
 from ._checks import as_loss, check_range
 from ._gate import count_if
-from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge
+from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge, overrule
 from ._scalars import Scalars, pack, read, unpack
 
 _MIN_ANCHOR_EVERY = 5  # steps; odd, so that a swing to and fro is not back at its start
@@ -99,6 +94,69 @@ def _damp(
     return jnp.where(is_cut, cut, jnp.where(is_held, damping, recovered))
 
 
+class _Look(NamedTuple):
+    """What was done about the anchor: bool scalars, and the alignment, float32."""
+
+    is_moved: Any = False
+    is_seen: Any = False
+    is_failed: Any = False
+    alignment: Any = 0.0
+
+
+# jit: outside of a jitted step, a conditional would be compiled anew at every call
+@functools.partial(jax.jit, static_argnames="audit", inline=True)
+def _move_anchor(
+    is_due: jax.Array,
+    is_started: jax.Array,
+    state: ErrorRegulateState,
+    judge_state: JudgeState,
+    params: optax.Params,
+    grads: optax.Updates,
+    grad_norm: jax.Array,
+    *,
+    audit: bool,
+) -> tuple[optax.Params, _Look, JudgeState]:
+    """Where that is due, looks back at the anchor and moves it to the params.
+
+    This is the only conditional of a step, because an accelerator has to wait for the
+    predicate. The judgement comes out of it also where it stays as it is: the updates
+    then depend on the conditional, the copy lies before the in-place write of the
+    params, and XLA needs no second one.
+    """
+    judgement = unpack(Judgement, judge_state.scalars)
+    is_accepted = ~(judgement.is_skipped | judgement.is_reverted)
+    is_healthy = (
+        (judgement.scaled_error < _HEALTHY)
+        & (judgement.scaled_norm_error < _HEALTHY)
+        & (judgement.scaled_drift < _HEALTHY)
+    )
+
+    def look() -> tuple[optax.Params, Scalars, Scalars]:
+        seen, judged = _Look(), judge_state.scalars
+        is_moved = is_healthy
+        if audit:
+            is_seen, alignment = look_back(grads, grad_norm, state.anchor, params)
+            is_failed = is_seen & (alignment < 0.0) & ~is_started
+            is_failed &= ~judgement.starts_anew
+            is_moved &= ~is_failed
+            seen = _Look(False, is_seen, is_failed, alignment)
+            judged = overrule(is_failed, judged, state.judge_state.scalars)
+        seen = pack(seen._replace(is_moved=is_moved))
+        return move(is_moved, state.anchor, params), seen, judged
+
+    def keep() -> tuple[optax.Params, Scalars, Scalars]:
+        return state.anchor, pack(_Look()), judge_state.scalars
+
+    # The branch that passes a buffer through has to be the false one: as the true
+    # one it costs a copy (https://github.com/jax-ml/jax/issues/39449).
+    anchor, seen, judged = lax.cond(is_due & is_accepted, look, keep)
+    report = unpack(_Look, seen)
+    history = judge_state.history
+    num_values = jnp.where(report.is_failed, 0, history.num_values)
+    history = history._replace(num_values=num_values)
+    return anchor, report, JudgeState(history, judged)
+
+
 def error_regulate(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -170,7 +228,7 @@ def error_regulate(
     **Audit**, if asked for: whenever the anchor is about to move, the regulator looks
     back at it with the fresh gradient, :math:`c = \langle g, a - p \rangle / (|g|
     |a - p|)`, and tells ``inner`` (extra argument ``audit``). Until :math:`c > 0` for
-    the first time, :math:`c < 0` without an outlier is an error as well: the first
+    the first time, :math:`c < 0` on a step without other errors is one: the first
     steps led nowhere, the learning rate is too high, and params REVERT to the start;
     windows, :math:`L_1` and averages start anew without this loss. Until then no REVERT
     cuts the damping, and ``audit.is_restart`` tells links to start anew, too: lowering
@@ -281,47 +339,44 @@ def error_regulate(
         value = as_loss(value)
         if axis_name is not None:
             value, grad_norm = lax.pmean((value, grad_norm), axis_name)
-        is_due = last.anchor_age >= jnp.minimum(
-            jnp.maximum(last.num_accepted // 8, _MIN_ANCHOR_EVERY), anchor_every
-        )
-        is_started, is_failed = jnp.ones((), jnp.bool_), jnp.zeros((), jnp.bool_)
-        alignment = last.alignment
-        if audit:
-            is_seen, alignment = take_audit(
-                is_due, updates, grad_norm, state.anchor, params
-            )
-            is_started = last.num_audits_passed > 0
-            is_failed = is_seen & (alignment < 0.0) & ~is_started
 
         # Judge.
-        judgement, judge_state = judge(
+        judge_state = judge(
             state.judge_state,
             value,
             grad_norm,
             norm_is_judged=not is_flat or value is None,
-            failed_audit=is_failed,
             threshold=threshold,
             progress_fraction=progress_fraction,
             patience=patience,
         )
+        is_due = last.anchor_age >= jnp.minimum(
+            jnp.maximum(last.num_accepted // 8, _MIN_ANCHOR_EVERY), anchor_every
+        )
+        is_started = last.num_audits_passed > 0 if audit else jnp.ones((), jnp.bool_)
+        anchor, look, judge_state = _move_anchor(
+            is_due,
+            is_started,
+            state,
+            judge_state,
+            params,
+            updates,
+            grad_norm,
+            audit=audit,
+        )
+        judgement = unpack(Judgement, judge_state.scalars)
+        report = None
+        if audit:
+            report = Audit(
+                is_taken=look.is_seen & look.is_moved,  # one for each anchor
+                alignment=look.alignment,
+                is_restart=judgement.is_new_revert & ~is_started,
+            )
         is_skipped, is_reverted = judgement.is_skipped, judgement.is_reverted
         is_accepted = ~(is_skipped | is_reverted)
         verdict = jnp.where(
             is_reverted, Verdict.REVERT, jnp.where(is_skipped, Verdict.SKIP, 0)
         ).astype(jnp.int32)
-        is_healthy = (
-            (judgement.scaled_error < _HEALTHY)
-            & (judgement.scaled_norm_error < _HEALTHY)
-            & (judgement.scaled_drift < _HEALTHY)
-        )
-        is_moved = is_due & is_accepted & is_healthy
-        report = None
-        if audit:  # one look back for each anchor
-            report = Audit(
-                is_taken=is_seen & is_moved,
-                alignment=alignment,
-                is_restart=judgement.is_new_revert & ~is_started,
-            )
 
         # Inner: sees nothing of a rejected batch.
         scale = None
@@ -349,15 +404,14 @@ def error_regulate(
         inner_state = jax.tree.map(_keep_finite, inner_state, state.inner_state)
 
         # Count.
-        is_told = jnp.zeros((), jnp.bool_)
-        is_passed = jnp.zeros((), jnp.bool_)
+        is_told = is_passed = jnp.zeros((), jnp.bool_)
         if report is not None:
-            is_told = (is_failed & is_reverted) | report.is_taken
+            is_told = look.is_failed | report.is_taken
             is_passed = report.is_taken & (report.alignment > 0.0)
         scalars = pack(
             RegulatorScalars(
                 grad_norm=jnp.nan_to_num(grad_norm, nan=LARGEST, posinf=LARGEST),
-                alignment=jnp.where(is_told, alignment, last.alignment),
+                alignment=jnp.where(is_told, look.alignment, last.alignment),
                 damping=_damp(
                     last.damping, judgement, is_started, backoff_factor, recovery_steps
                 ),
@@ -368,7 +422,7 @@ def error_regulate(
                 num_audits_passed=count_if(is_passed, last.num_audits_passed),
                 # the anchor is what params were before the update of this step
                 anchor_age=jnp.where(
-                    is_moved,
+                    look.is_moved,
                     1,
                     jnp.where(is_reverted, 0, count_if(is_accepted, last.anchor_age)),
                 ),
@@ -378,7 +432,6 @@ def error_regulate(
         # Act.
         damping = read(RegulatorScalars, scalars, "damping")
         gate = jnp.where(is_skipped, 0.0, damping)
-        anchor, gate = refresh_anchor(is_moved, state.anchor, params, gate)
 
         def act(p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
             damped = (gate * u).astype(p.dtype)

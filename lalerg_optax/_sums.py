@@ -12,7 +12,7 @@ import numpy as np
 PyTree = Any
 
 _SMALL = 2**14  # entries; larger leaves are worth a kernel of their own
-_GROUP = 32  # leaves
+_GROUP = 16  # leaves
 
 
 def _real_parts(leaves: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:

@@ -404,7 +404,6 @@ class ErrorRegulate:
             self.scaled_norm_error = 0.0 if math.isfinite(norm) else LARGEST
 
         is_outlier = max(self.scaled_error, self.scaled_norm_error) > 1.0
-        audit_failed = audit_failed and not is_outlier
         is_new_level = is_finite and self.num_finite_rejected_in_row >= self.patience
         if is_new_level:
             self.num_averaged = 0
@@ -432,8 +431,6 @@ class ErrorRegulate:
             self.restore_pending = False
         elif is_new_level:
             self.verdict, self.reason = ACCEPT, "new level"
-        elif audit_failed:
-            self.verdict, self.reason = REVERT, "failed audit"
         elif is_outlier and self.num_rejected_in_row == 1:
             self.verdict, self.reason = REVERT, "second outlier"
         elif is_outlier:
@@ -442,8 +439,11 @@ class ErrorRegulate:
             self.reason = "first outlier" if is_first else "outlier after revert"
         elif self.scaled_drift > 1.0:
             self.verdict, self.reason = REVERT, "drift"
+        elif audit_failed:
+            self.verdict, self.reason = REVERT, "failed audit"
         else:
             self.verdict, self.reason = ACCEPT, ""
+        audit_failed = self.reason == "failed audit"
 
         # what is remembered: averages
         if self.verdict == ACCEPT:
