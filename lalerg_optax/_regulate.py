@@ -132,8 +132,7 @@ def _move_anchor(
     )
 
     def look() -> tuple[optax.Params, Scalars, Scalars]:
-        seen, judged = _Look(), judge_state.scalars
-        is_moved = is_healthy
+        seen, judged, is_moved = _Look(), judge_state.scalars, is_healthy
         if audit:
             is_seen, alignment = look_back(grads, grad_norm, state.anchor, params)
             is_failed = is_seen & (alignment < 0.0) & ~is_started
@@ -141,8 +140,8 @@ def _move_anchor(
             is_moved &= ~is_failed
             seen = _Look(False, is_seen, is_failed, alignment)
             judged = overrule(is_failed, judged, state.judge_state.scalars)
-        seen = pack(seen._replace(is_moved=is_moved))
-        return move(is_moved, state.anchor, params), seen, judged
+        anchor = move(is_moved, state.anchor, params)
+        return anchor, pack(seen._replace(is_moved=is_moved)), judged
 
     def keep() -> tuple[optax.Params, Scalars, Scalars]:
         return state.anchor, pack(_Look()), judge_state.scalars
