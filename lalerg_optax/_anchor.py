@@ -10,6 +10,8 @@ from ._sums import sum_entries
 
 PyTree = Any
 
+_HOST = "pinned_host"
+
 
 class Audit(NamedTuple):
     """What a look back from the current params to the anchor told.
@@ -29,10 +31,85 @@ class Audit(NamedTuple):
     is_restart: jax.Array
 
 
-def copy_params(params: PyTree) -> PyTree:
-    """Returns a real copy of the params: an alias would break buffer donation."""
-    # with the dtype given, a weakly typed scalar becomes a strongly typed one
-    return jax.tree.map(lambda p: jnp.array(p, jnp.result_type(p), copy=True), params)
+def check_anchor_dtype(dtype: jax.typing.DTypeLike | None) -> None:
+    """Raises a ValueError unless every param fits into the dtype."""
+    if dtype is None:
+        return
+    try:
+        is_wide = jnp.issubdtype(dtype, jnp.floating) and (
+            jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp
+        )
+    except (TypeError, ValueError):  # no dtype at all, or no real one
+        is_wide = False
+    if not is_wide:
+        raise ValueError(
+            "anchor_dtype must be a floating point type with the range of float32 "
+            f"(bfloat16, float32, ...) or None, got anchor_dtype = {dtype!r}."
+        )
+
+
+def check_anchor_memory(kind: str) -> None:
+    """Raises a ValueError unless ``kind`` is a memory that the devices have."""
+    if kind not in ("device", _HOST):
+        raise ValueError(
+            f"anchor_memory must be 'device' or '{_HOST}', got anchor_memory = "
+            f"{kind!r}."
+        )
+    kinds = sorted({m.kind for m in jax.local_devices()[0].addressable_memories()})
+    if kind == _HOST and kind not in kinds:
+        raise ValueError(
+            f"anchor_memory = '{_HOST}' is not to be had here: the memories of the "
+            f"{jax.default_backend()} backend are {kinds}. Use 'device'."
+        )
+
+
+def copy_params(
+    params: PyTree, dtype: jax.typing.DTypeLike | None = None, memory: str = "device"
+) -> PyTree:
+    """Returns a real copy of the params: an alias would break buffer donation.
+
+    Args:
+      params: the params.
+      dtype: dtype of real floating point leaves; None for that of the params.
+      memory: ``"device"`` or ``"pinned_host"``.
+    """
+
+    def copy(p: jax.Array) -> jax.Array:
+        # with the dtype given, a weakly typed scalar becomes a strongly typed one
+        own = jnp.result_type(p)
+        is_cast = dtype is not None and jnp.issubdtype(own, jnp.floating)
+        return jnp.array(p, dtype if is_cast else own, copy=True)
+
+    copies = jax.tree.map(copy, params)
+    return copies if memory == "device" else _put(copies, memory)
+
+
+def _put(tree: PyTree, memory: str) -> PyTree:
+    """Moves a tree to a memory; a mixture of memories in one operation is refused."""
+    space = jax.memory.Space.Host if memory == _HOST else jax.memory.Space.Device
+    return jax.tree.map(lambda x: jax.device_put(x, space), tree)
+
+
+def _is_on_host(tree: PyTree) -> bool:
+    leaves = jax.tree.leaves(tree)
+    return any(jax.typeof(x).memory_space == jax.memory.Space.Host for x in leaves)
+
+
+def at_hand(is_needed: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
+    """Returns the anchor where it can be computed with.
+
+    One that is kept in host memory is fetched only where it is needed; otherwise the
+    params stand in for it.
+    """
+    if not _is_on_host(anchor):
+        return anchor
+
+    def fetch() -> PyTree:
+        return jax.tree.map(
+            lambda a, p: a.astype(p.dtype), _put(anchor, "device"), params
+        )
+
+    return lax.cond(is_needed, fetch, lambda: params)
 
 
 def global_norm(tree: PyTree) -> jax.Array:
@@ -49,6 +126,11 @@ def look_back(
     and params ``p``, and 0 where the params have not moved. There is nothing to see
     where the gradient is zero or anything is not finite.
     """
+    anchor = _put(anchor, "device") if _is_on_host(anchor) else anchor
+    # Both ends of the way as the anchor sees them. What a step of less than the
+    # resolution of a narrow dtype does to single entries is a whole unit or nothing,
+    # and right on average.
+    params = jax.tree.map(_rounded, params, anchor)
     product = sum_entries(lambda g, a, p: g * (a - p), grads, anchor, params)
     # p - a, not a - p: what two sums have in common, XLA would store
     square = sum_entries(lambda a, p: lax.square(p - a), anchor, params)
@@ -58,8 +140,23 @@ def look_back(
     return is_seen, jnp.where(is_seen, jnp.clip(cosine, -1.0, 1.0), 0.0)
 
 
+def _rounded(param: jax.Array, anchor: jax.Array) -> jax.Array:
+    """Returns a param at the precision of its anchor."""
+    if param.dtype == anchor.dtype:
+        return param
+    info = jnp.finfo(anchor.dtype)
+    # there and back again by casts, XLA would take for nothing
+    return lax.reduce_precision(param, info.nexp, info.nmant)
+
+
 def move(is_moved: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
     """Moves the anchor to the params; an entry that is not finite stays where it is."""
-    return jax.tree.map(
-        lambda a, p: jnp.where(is_moved & jnp.isfinite(p), p, a), anchor, params
-    )
+    memory = _HOST if _is_on_host(anchor) else "device"
+    here = _put(anchor, "device") if memory == _HOST else anchor
+
+    def moved(a: jax.Array, p: jax.Array) -> jax.Array:
+        p = p.astype(a.dtype)
+        return jnp.where(is_moved & jnp.isfinite(p), p, a)
+
+    there = jax.tree.map(moved, here, params)
+    return _put(there, memory) if memory == _HOST else there

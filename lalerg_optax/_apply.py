@@ -1,14 +1,23 @@
 """apply_updates: Optax's, and exact on a revert."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ._anchor import at_hand
 from ._judge import Verdict
 from ._monitor import find_states
 from ._regulate import ErrorRegulateState
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+_map = functools.partial(jax.tree.map, is_leaf=_is_masked)
 
 
 def apply_updates(
@@ -46,14 +55,12 @@ def apply_updates(
     for state in find_states(opt_state, ErrorRegulateState).values():
         is_reverted = state.verdict == Verdict.REVERT
 
-        def select(a: Any, p: Any, pred: jax.Array = is_reverted) -> Any:
-            is_elsewhere = isinstance(a, optax.MaskedNode)
-            return p if is_elsewhere else jnp.where(pred, a, p)
+        # the parameters of this regulator, with nodes in place of all others
+        own = _map(lambda a, p: a if _is_masked(a) else p, state.anchor, params)
+        home = at_hand(is_reverted, state.anchor, own)
 
-        params = jax.tree.map(
-            select,
-            state.anchor,
-            params,
-            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-        )
+        def select(a: Any, p: Any, pred: jax.Array = is_reverted) -> Any:
+            return p if _is_masked(a) else jnp.where(pred, a, p).astype(p.dtype)
+
+        params = _map(select, home, params)
     return params

@@ -26,6 +26,8 @@ def lalerg(
     search: bool = True,
     threshold: jax.typing.ArrayLike = 6.0,
     anchor_every: jax.typing.ArrayLike = 32,
+    anchor_dtype: jax.typing.DTypeLike | None = None,
+    anchor_memory: str = "device",
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Two-Level Adaptive Learning with Error-Regulated Gradient (2LALERG).
@@ -71,6 +73,8 @@ def lalerg(
         rate is the user's, times the damping of the regulator.
       threshold: see `error_regulate`.
       anchor_every: see `error_regulate`.
+      anchor_dtype: see `error_regulate`; ``"bfloat16"`` halves the anchor.
+      anchor_memory: see `error_regulate`.
       axis_name: see `error_regulate`.
 
     Returns:
@@ -114,6 +118,8 @@ def lalerg(
         ),
         threshold=threshold,
         anchor_every=anchor_every,
+        anchor_dtype=anchor_dtype,
+        anchor_memory=anchor_memory,
         clip_norm=clip_norm,
         audit=search,
         axis_name=axis_name,

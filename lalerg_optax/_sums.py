@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 PyTree = Any
 
@@ -21,7 +22,21 @@ def _real_parts(leaves: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
         parts = [tuple(x.real for x in leaves), tuple(x.imag for x in leaves)]
     else:
         parts = [leaves]
-    return [tuple(x.astype(jnp.float32) for x in part) for part in parts]
+    return [tuple(map(_widened, _apart(part))) for part in parts]
+
+
+def _apart(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Keeps casts of these leaves apart from other casts of the same leaves.
+
+    A cast that several computations have in common, XLA would do once and store.
+    """
+    if all(x.dtype == jnp.float32 for x in leaves):
+        return leaves
+    return lax.optimization_barrier(leaves)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
 
 
 def _alike(leaves: tuple[jax.Array, ...]) -> Any:

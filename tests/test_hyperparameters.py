@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -101,7 +102,35 @@ def test_every_numeric_hyperparameter_stands_in_the_table(factory):
         if row is factory or getattr(row, "func", None) is factory
     }
     unnumbered = {"inner", "mask", "micro", "search", "axis_name", "mu_dtype", "audit"}
+    unnumbered |= {"anchor_dtype", "anchor_memory"}
     assert set(inspect.signature(factory).parameters) - unnumbered == tabled
+
+
+@pytest.mark.parametrize("factory", [lo.lalerg, regulated_sgd, flat_regulator])
+@pytest.mark.parametrize("bad", ["float16", jnp.int32, "complex64", "narrow", 3])
+def test_anchor_dtype_that_could_not_hold_all_params_is_a_value_error(factory, bad):
+    with pytest.raises(ValueError, match=re.escape(f"got anchor_dtype = {bad!r}.")):
+        factory(anchor_dtype=bad)
+
+
+@pytest.mark.parametrize("factory", [lo.lalerg, regulated_sgd, flat_regulator])
+def test_anchor_memory_of_no_kind_is_a_value_error(factory):
+    with pytest.raises(ValueError, match="must be 'device' or 'pinned_host', got"):
+        factory(anchor_memory="disk")
+
+
+def test_anchor_memory_that_the_backend_has_not_is_a_value_error(monkeypatch):
+    class Memory:
+        kind = "device"
+
+    class Device:
+        def addressable_memories(self):
+            return [Memory()]
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    lo.lalerg(anchor_memory="device")
+    with pytest.raises(ValueError, match=r"the memories of the cpu backend are \['dev"):
+        lo.lalerg(anchor_memory="pinned_host")
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5])
