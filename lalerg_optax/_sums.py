@@ -13,6 +13,7 @@ from jax import lax
 PyTree = Any
 
 _SMALL = 2**14  # entries; larger leaves are worth a kernel of their own
+_FEW = 64  # leaves; only more of them take long to compile
 _GROUP = 16  # leaves
 
 
@@ -47,9 +48,10 @@ def _alike(leaves: tuple[jax.Array, ...]) -> Any:
 def sum_entries(term: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
     """Returns the sum of ``term(x, y, ...)`` over all entries, in float32.
 
-    Small leaves of one shape are added up entry by entry before they are summed: one
-    reduction for each of two thousand leaves, and a scalar from each, would take XLA
-    longer to compile than all the rest of the step.
+    Many small leaves of one shape are added up entry by entry before they are summed:
+    one reduction for each of two thousand leaves, and a scalar from each, would take
+    XLA longer to compile than all the rest of the step. A few are not, because on
+    several devices they may be sharded in different ways, and would have to move.
 
     Args:
       term: an elementwise function of one entry of each tree, in float32. A complex
@@ -58,13 +60,14 @@ def sum_entries(term: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
     """
     leaves = zip(*map(jax.tree.leaves, trees), strict=True)
     parts = [part for entry in leaves for part in _real_parts(entry)]
-    groups: dict[Any, list[tuple[jax.Array, ...]]] = {}
-    for i, part in enumerate(parts):
-        is_small = np.prod(part[0].shape) <= _SMALL
-        groups.setdefault(_alike(part) if is_small else i, []).append(part)
+    shapes: dict[Any, list[tuple[jax.Array, ...]]] = {}
+    for part in parts:
+        shapes.setdefault(_alike(part), []).append(part)
     total = jnp.zeros((), jnp.float32)
-    for group in groups.values():
-        for first in range(0, len(group), _GROUP):
-            terms = [term(*part) for part in group[first : first + _GROUP]]
+    for (shape, _), alike in shapes.items():
+        is_shared = len(alike) > _FEW and np.prod(shape) <= _SMALL
+        step = _GROUP if is_shared else 1
+        for first in range(0, len(alike), step):
+            terms = [term(*part) for part in alike[first : first + step]]
             total += jnp.sum(functools.reduce(operator.add, terms))
     return total
