@@ -451,7 +451,6 @@ def error_regulate(
         # Act.
         damping = read(RegulatorScalars, scalars, "damping")
         gate = jnp.where(is_skipped, 0.0, damping)
-
         home = at_hand(is_reverted, anchor, params)
 
         def act(p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:

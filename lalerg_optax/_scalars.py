@@ -1,8 +1,8 @@
 """Scalars: a record of named scalars that is kept in two arrays.
 
-Every output of a compiled step is a kernel of its own, to be compiled and to be
-launched. The forty scalars of a regulator in forty arrays took longer to compile than
-AdamW, and on a small model longer to run; in a few arrays they do not.
+Every output of a compiled step is a kernel of its own, which has to be compiled and
+launched. The scalars of regulator, judge and macro level, forty arrays otherwise, would
+take XLA six times as long to compile as all of AdamW.
 """
 
 from collections.abc import Sequence
