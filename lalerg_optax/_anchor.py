@@ -49,17 +49,11 @@ def check_anchor_dtype(dtype: jax.typing.DTypeLike | None) -> None:
 
 
 def check_anchor_memory(kind: str) -> None:
-    """Raises a ValueError unless ``kind`` is a memory that the devices have."""
+    """Raises a ValueError unless ``kind`` is the name of a memory."""
     if kind not in ("device", _HOST):
         raise ValueError(
             f"anchor_memory must be 'device' or '{_HOST}', got anchor_memory = "
             f"{kind!r}."
-        )
-    kinds = sorted({m.kind for m in jax.local_devices()[0].addressable_memories()})
-    if kind == _HOST and kind not in kinds:
-        raise ValueError(
-            f"anchor_memory = '{_HOST}' is not to be had here: the memories of the "
-            f"{jax.default_backend()} backend are {kinds}. Use 'device'."
         )
 
 
@@ -72,6 +66,11 @@ def copy_params(
       params: the params.
       dtype: dtype of real floating point leaves; None for that of the params.
       memory: ``"device"`` or ``"pinned_host"``.
+
+    Raises:
+      ValueError: if the devices have no such memory. To ask them is to start them, for
+        which the making of an optimizer would be too early
+        (``jax.distributed.initialize``).
     """
 
     def copy(p: jax.Array) -> jax.Array:
@@ -81,7 +80,15 @@ def copy_params(
         return jnp.array(p, dtype if is_cast else own, copy=True)
 
     copies = jax.tree.map(copy, params)
-    return copies if memory == "device" else _put(copies, memory)
+    if memory == "device":
+        return copies
+    kinds = sorted({m.kind for m in jax.local_devices()[0].addressable_memories()})
+    if memory not in kinds:
+        raise ValueError(
+            f"anchor_memory = '{memory}' is not to be had here: the memories of the "
+            f"{jax.default_backend()} backend are {kinds}. Use 'device'."
+        )
+    return _put(copies, memory)
 
 
 def _put(tree: PyTree, memory: str) -> PyTree:

@@ -290,9 +290,9 @@ def error_regulate(
       judge by gradient norm alone. Updates have the dtypes of the params.
 
     Raises:
-      ValueError: for a hyperparameter outside of its range, or a memory that the
-        devices do not have; in ``update`` when params are missing or ``value`` is no
-        scalar.
+      ValueError: for a hyperparameter outside of its range; in ``init`` when the
+        devices do not have that memory; in ``update`` when params are missing or
+        ``value`` is no scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo

@@ -3,7 +3,10 @@
 import functools
 import inspect
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -128,9 +131,28 @@ def test_anchor_memory_that_the_backend_has_not_is_a_value_error(monkeypatch):
             return [Memory()]
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    lo.lalerg(anchor_memory="device")
+    lo.lalerg(anchor_memory="device").init(jnp.ones(3))
+    tx = lo.lalerg(anchor_memory="pinned_host")
     with pytest.raises(ValueError, match=r"the memories of the cpu backend are \['dev"):
-        lo.lalerg(anchor_memory="pinned_host")
+        tx.init(jnp.ones(3))
+
+
+def test_making_an_optimizer_does_not_start_the_devices():
+    """``jax.distributed.initialize`` may come later than ``tx = lalerg()``."""
+    make = (
+        "import jax, lalerg_optax as lo;"
+        "lo.lalerg(anchor_memory='pinned_host', anchor_dtype='bfloat16', clip_norm=1.);"
+        "lo.error_regulate(); print('made'); jax.devices()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", make],
+        env=os.environ | {"JAX_PLATFORMS": "nowhere"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout == "made\n"
+    assert "Unable to initialize backend 'nowhere'" in run.stderr
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5])

@@ -1,6 +1,8 @@
 """The same decisions under jit, scan, vmap, donation, checkpoint and sharding."""
 
+import copy
 import functools
+import pickle
 
 import chex
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
@@ -138,6 +141,22 @@ def test_donating_the_state_of_the_first_step_shares_no_buffer():
     leaves = jax.tree.leaves((params, TX.init(params)))
     pointers = [leaf.unsafe_buffer_pointer() for leaf in leaves]
     assert len(set(pointers)) == len(pointers)
+
+
+def test_state_survives_pickle_deepcopy_and_flax_bytes():
+    state = SEARCHING.init(init_params())
+    copies = (
+        pickle.loads(pickle.dumps(state)),
+        copy.deepcopy(state),
+        serialization.from_bytes(state, serialization.to_bytes(state)),
+    )
+    for other in copies:
+        chex.assert_trees_all_equal(other, state)
+        chex.assert_trees_all_equal_structs(other, state)
+        assert lo.metrics(other).keys() == lo.metrics(state).keys()
+        assert (other.verdict, other.damping) == (0, 1.0)
+    with pytest.raises(AttributeError, match="no field 'speed'"):
+        _ = state.speed
 
 
 def test_rematerialised_model():
