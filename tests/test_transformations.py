@@ -249,8 +249,8 @@ def test_devices_that_see_different_losses_decide_alike_under_shard_map():
     assert verdicts[:100] == reference()[2][:100]
     for leaf in jax.tree.leaves((params, state)):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
-        for copy in copies[1:]:
-            np.testing.assert_array_equal(copy, copies[0])
+        for other in copies[1:]:
+            np.testing.assert_array_equal(other, copies[0])
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
