@@ -5,6 +5,7 @@ launched. The scalars of regulator, judge and macro level, forty arrays otherwis
 take XLA six times as long to compile as all of AdamW.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,6 +48,8 @@ def lanes(
     return packed
 
 
+# jit: outside of a jitted step, every operation would be dispatched by itself
+@functools.partial(jax.jit, inline=True)
 def pack(record: tuple[Any, ...]) -> Scalars:
     """Returns a record of scalars as one or two arrays.
 
@@ -80,6 +83,7 @@ def read(kind: type[tuple[Any, ...]], scalars: Scalars, name: str) -> jax.Array:
     return scalar > 0.5 if isinstance(defaults[name], bool) else scalar
 
 
+@functools.partial(jax.jit, static_argnames="kind", inline=True)
 def unpack(kind: type[Record], scalars: Scalars) -> Record:
     """Returns the whole record."""
     names = kind._field_defaults  # type: ignore[attr-defined]
