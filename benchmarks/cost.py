@@ -237,7 +237,7 @@ def copy_bandwidth(num_params: int) -> float:
 
 
 def measure_steps(quick: bool) -> Iterator[dict[str, Any]]:
-    """The optimizer step alone, at 33.6 million parameters in 32 matrices."""
+    """The optimizer step alone, with its parameters in 32 matrices."""
     num_params = 2**21 if quick else 2**25
     params = make_params(num_params, 32)
     # AdamW reads p, g, mu, nu and writes p, mu, nu; lalerg reads g and the anchor more
@@ -255,7 +255,7 @@ def measure_steps(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def measure_sizes(quick: bool) -> Iterator[dict[str, Any]]:
-    """From a million to 200 million parameters, and with params in bfloat16."""
+    """Growing numbers of parameters, and params in bfloat16."""
     sizes = (10**6, 3 * 10**6) if quick else (10**6, 10**7, 5 * 10**7, 2 * 10**8)
     for num_params in sizes:
         params = make_params(num_params, 16)
@@ -273,7 +273,7 @@ def measure_sizes(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def measure_leaves(quick: bool) -> Iterator[dict[str, Any]]:
-    """Many small leaves: 2,000 of about 1,000 entries."""
+    """Many small leaves, of about 1,000 entries."""
     num_leaves = 200 if quick else 2000
     params = make_params(num_leaves * 1000, num_leaves)
     lalerg = LALERG._replace(limit=1.5)
@@ -372,7 +372,7 @@ class TrainingStep(Step):
 
 
 def measure_training(quick: bool) -> Iterator[dict[str, Any]]:
-    """A transformer of 10.9 million parameters on batches of 32 x 128 tokens."""
+    """The whole training step of a transformer, on 32 x 128 tokens."""
     model = Transformer(width=96, depth=2) if quick else Transformer()
     tokens = jax.random.randint(jax.random.key(1), (32, 129), 0, 256)
     for row in (LALERG._replace(limit=1.02),):

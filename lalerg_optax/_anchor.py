@@ -102,6 +102,10 @@ def _is_on_host(tree: PyTree) -> bool:
     return any(jax.typeof(x).memory_space == jax.memory.Space.Host for x in leaves)
 
 
+def _on_device(anchor: PyTree) -> PyTree:
+    return _put(anchor, "device") if _is_on_host(anchor) else anchor
+
+
 def at_hand(is_needed: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
     """Returns the anchor where it can be computed with.
 
@@ -112,9 +116,8 @@ def at_hand(is_needed: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
         return anchor
 
     def fetch() -> PyTree:
-        return jax.tree.map(
-            lambda a, p: a.astype(p.dtype), _put(anchor, "device"), params
-        )
+        here = _on_device(anchor)
+        return jax.tree.map(lambda a, p: a.astype(p.dtype), here, params)
 
     return lax.cond(is_needed, fetch, lambda: params)
 
@@ -133,7 +136,7 @@ def look_back(
     and params ``p``, and 0 where the params have not moved. There is nothing to see
     where the gradient is zero or anything is not finite.
     """
-    anchor = _put(anchor, "device") if _is_on_host(anchor) else anchor
+    anchor = _on_device(anchor)
     # Both ends of the way as the anchor sees them. What a step of less than the
     # resolution of a narrow dtype does to single entries is a whole unit or nothing,
     # and right on average.
@@ -158,12 +161,10 @@ def _rounded(param: jax.Array, anchor: jax.Array) -> jax.Array:
 
 def move(is_moved: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
     """Moves the anchor to the params; an entry that is not finite stays where it is."""
-    memory = _HOST if _is_on_host(anchor) else "device"
-    here = _put(anchor, "device") if memory == _HOST else anchor
 
     def moved(a: jax.Array, p: jax.Array) -> jax.Array:
         p = p.astype(a.dtype)
         return jnp.where(is_moved & jnp.isfinite(p), p, a)
 
-    there = jax.tree.map(moved, here, params)
-    return _put(there, memory) if memory == _HOST else there
+    there = jax.tree.map(moved, _on_device(anchor), params)
+    return _put(there, _HOST) if _is_on_host(anchor) else there

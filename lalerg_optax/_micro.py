@@ -98,7 +98,6 @@ def scale_by_micro_rate(
     check_range("eps", eps, 0.0, float("inf"))
     check_range("eps_root", eps_root, 0.0, float("inf"))
 
-    has_no_eps_root = isinstance(eps_root, int | float) and eps_root == 0
     may_be_zero = not (isinstance(eps, int | float) and eps > 0)
 
     def wide(x: jax.Array) -> jnp.dtype:
@@ -152,8 +151,7 @@ def scale_by_micro_rate(
         debias = 1.0 / (1.0 - b2**t)
 
         def scaled(g: jax.Array, m: jax.Array, n: jax.Array) -> jax.Array:
-            square = debias * n
-            root = jnp.sqrt(square if has_no_eps_root else square + eps_root) + eps
+            root = jnp.sqrt(debias * n + eps_root) + eps
             u = gate * m / root
             if may_be_zero:  # an entry without gradients is 0 / 0
                 u = jnp.where(root > 0, u, 0)
