@@ -29,6 +29,12 @@ class Scalars(NamedTuple):
     counts: jax.Array | None = None
 
 
+def _defaults(kind: type[tuple[Any, ...]]) -> dict[str, Any]:
+    """Returns the fields of a NamedTuple with what they are at first."""
+    # documented, but mypy knows it of no type that stands for all NamedTuples
+    return kind._field_defaults  # type: ignore[attr-defined]
+
+
 def _is_count(default: Any) -> bool:
     return isinstance(default, int) and not isinstance(default, bool)
 
@@ -57,8 +63,7 @@ def pack(record: tuple[Any, ...]) -> Scalars:
       record: a NamedTuple of scalars, whose class has a default for each field: a
         float, a bool or, for a counter, an int.
     """
-    defaults = type(record)._field_defaults.values()  # type: ignore[attr-defined]
-    pairs = list(zip(record, defaults, strict=True))
+    pairs = list(zip(record, _defaults(type(record)).values(), strict=True))
     counts = [x for x, d in pairs if _is_count(d)]
     return Scalars(
         floats=lanes([x for x, d in pairs if not _is_count(d)]),
@@ -72,7 +77,7 @@ def read(kind: type[tuple[Any, ...]], scalars: Scalars, name: str) -> jax.Array:
     Raises:
       AttributeError: if the record has no such field.
     """
-    defaults = kind._field_defaults  # type: ignore[attr-defined]
+    defaults = _defaults(kind)
     if name not in defaults:
         raise AttributeError(f"{kind.__name__} has no field {name!r}.")
     floats, *counts = jax.tree.leaves(scalars)  # NNX wraps them in variables
@@ -86,5 +91,4 @@ def read(kind: type[tuple[Any, ...]], scalars: Scalars, name: str) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="kind", inline=True)
 def unpack(kind: type[Record], scalars: Scalars) -> Record:
     """Returns the whole record."""
-    names = kind._field_defaults  # type: ignore[attr-defined]
-    return kind(*(read(kind, scalars, name) for name in names))
+    return kind(*(read(kind, scalars, name) for name in _defaults(kind)))

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lalerg_optax as lo
+from lalerg_optax._anchor import copy_params, global_norm, look_back
 
 SIDE, NUM_LEAVES = 512, 4
 NUM_PARAMS = SIDE * SIDE * NUM_LEAVES
@@ -205,6 +206,22 @@ def test_anchor_in_host_memory_is_that_on_the_device_step_by_step(specs):
         ends.append((verdicts, jax.tree.map(np.asarray, params)))
     assert ends[0][0] == ends[1][0]
     jax.tree.map(np.testing.assert_array_equal, ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("length", [1e-7, 1e-6, 1e-5, 1e-3])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_look_back_at_a_narrow_anchor_tells_up_from_down(length, sign):
+    """Steps of less than its resolution are lost in what rounding did to the anchor."""
+    rng = np.random.default_rng(2)
+    start, grads = (
+        {"w": jnp.asarray(rng.standard_normal((1000, 1000)), jnp.float32)}
+        for _ in range(2)
+    )
+    params = jax.tree.map(lambda p, g: p - sign * length * g, start, grads)
+    anchor = copy_params(start, "bfloat16")
+    is_seen, alignment = look_back(grads, global_norm(grads), anchor, params)
+    assert is_seen
+    assert sign * alignment > 3e-3, "three times what chance would give"
 
 
 @pytest.mark.parametrize("learning_rate", [1e-6, 1e-2, 10.0])
