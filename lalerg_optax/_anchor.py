@@ -129,12 +129,17 @@ def global_norm(tree: PyTree) -> jax.Array:
 
 def look_back(
     grads: PyTree, grad_norm: jax.Array, anchor: PyTree, params: PyTree
-) -> tuple[jax.Array, jax.Array]:
-    """Looks back at the anchor: whether there was anything to see, and the alignment.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Looks back at the anchor.
 
-    The alignment is ``<g, a - p> / (|g| |a - p|)`` for gradient ``g``, anchor ``a``
-    and params ``p``, and 0 where the params have not moved. There is nothing to see
-    where the gradient is zero or anything is not finite.
+    Returns whether there was anything to see, the alignment and its significance. There
+    is nothing to see where the gradient is zero or anything is not finite.
+
+    With gradient ``g``, anchor ``a`` and params ``p``, the alignment is
+    ``<g, a - p> / (|g| |a - p|)``, and 0 where the params have not moved. The
+    significance is ``<g, a - p> / |g * (a - p)|``, the norm that of the products of the
+    entries: how many times further from zero than if their signs were independent. It
+    is that of a certain alignment where those products squared are no float32.
     """
     anchor = _on_device(anchor)
     # Both ends of the way as the anchor sees them. What a step of less than the
@@ -144,10 +149,23 @@ def look_back(
     product = sum_entries(lambda g, a, p: g * (a - p), grads, anchor, params)
     # p - a, not a - p: what two sums have in common, XLA would store
     square = sum_entries(lambda a, p: lax.square(p - a), anchor, params)
+    # Behind a barrier, else XLA would store what the sums have in common; and without a
+    # factor, because it would store that, too.
+    noise = sum_entries(
+        lambda g, a, p: lax.square(g * (a - p)),
+        *lax.optimization_barrier((grads, anchor, params)),
+    )
     length = grad_norm * jnp.sqrt(square)
     cosine = jnp.where(length > 0.0, product / length, 0.0)
+    # where squares over- or underflow, nothing speaks against the alignment
+    is_usable = (noise > 0.0) & (noise < jnp.inf)
+    ratio = product / jnp.sqrt(jnp.where(is_usable, noise, 0.0))
     is_seen = jnp.isfinite(cosine) & jnp.isfinite(length) & (grad_norm > 0.0)
-    return is_seen, jnp.where(is_seen, jnp.clip(cosine, -1.0, 1.0), 0.0)
+    return (
+        is_seen,
+        jnp.where(is_seen, jnp.clip(cosine, -1.0, 1.0), 0.0),
+        jnp.where(is_seen, jnp.nan_to_num(ratio), 0.0),
+    )
 
 
 def _rounded(param: jax.Array, anchor: jax.Array) -> jax.Array:

@@ -48,7 +48,7 @@ def lalerg(
             optax.chain(
                 scale_by_micro_rate(b1, b2, eps),          # or ``micro``
                 optax.add_decayed_weights(weight_decay, mask),
-                scale_by_macro_rate(search=search),
+                scale_by_macro_rate(search=search, anneal=not callable(learning_rate)),
                 optax.scale_by_learning_rate(learning_rate),
             ),
             audit=search,
@@ -59,7 +59,9 @@ def lalerg(
 
     Args:
       learning_rate: a positive float or an Optax schedule. With ``search`` it need
-        not be right: the macro level multiplies it by a rate that it finds.
+        not be right: the macro level multiplies it by a rate that it finds. A
+        schedule keeps its shape. A float has none, so that the macro level also
+        lowers the rate when the loss stalls (``anneal``).
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, at least 0.
@@ -113,7 +115,7 @@ def lalerg(
             if micro is None
             else restart_with_audit(micro),
             optax.add_decayed_weights(weight_decay, mask),
-            scale_by_macro_rate(search=search),
+            scale_by_macro_rate(search=search, anneal=not callable(learning_rate)),
             optax.scale_by_learning_rate(learning_rate),
         ),
         threshold=threshold,

@@ -15,6 +15,12 @@ from ._scalars import Scalars, pack, read, unpack
 _MAX_RATE = 2.0**40
 _ALIGNMENT_DECAY = 0.5
 _STANDARD_ERRORS = 2.0
+_SHARE = 1.0 / 8.0  # of the run so far: an audit of fewer steps moves the rate by less
+_SHALLOW, _DEEP = 1.0, 4.0  # powers of the backoff factor: a cut, a cut in the dark
+_FIRST = 2.0  # half as deep: a start that was good at once may be right
+_GAIN = 0.5  # exponent of a growth that the loss alone speaks for
+_FLOOR = 1.0 / 8.0  # of the rate that was found: reverts cut no further
+_BLIND_LEAP = 0.5  # the share of a leap to dare where no alignment is known
 _LARGEST_LOSS = 1e16  # its square, times the length of a window, is a float32
 
 
@@ -23,10 +29,10 @@ class MacroScalars(NamedTuple):
 
     Attributes:
       macro_rate: factor of the updates, in [2^-40, 2^40], float32.
-      macro_min_rate: what a cut may not undershoot, float32.
-      macro_max_rate: what growth may not exceed, float32.
+      macro_min_rate: what a REVERT may not undershoot, float32.
       is_searching: whether the rate still grows by leaps, bool.
       has_improved: whether an audit was ever good, bool.
+      has_failed: whether the run had to go back to its start, bool.
       is_reverting: whether the last verdict was REVERT, bool.
       avg_alignment: exponential average of the alignment of audits, float32.
       best_alignment: the largest ``avg_alignment``, float32.
@@ -35,7 +41,9 @@ class MacroScalars(NamedTuple):
       last_window_mean: the mean of the window before, float32.
       last_window_variance: the variance of that mean, float32.
       best_window_mean: the lowest mean of a whole window, float32.
+      best_window_variance: the variance of that mean, float32.
       window_count: number of losses in the window, int32.
+      num_macro_steps: number of losses ever taken in, int32.
       num_windows: number of windows that are complete, int32.
       num_macro_held: number of steps that left the rate as it was because the
         verdict or a number that is not finite said so, int32.
@@ -43,9 +51,9 @@ class MacroScalars(NamedTuple):
 
     macro_rate: Any = 1.0
     macro_min_rate: Any = 1.0 / _MAX_RATE
-    macro_max_rate: Any = _MAX_RATE
     is_searching: Any = True
     has_improved: Any = False
+    has_failed: Any = False
     is_reverting: Any = False
     avg_alignment: Any = 0.0
     best_alignment: Any = 0.0
@@ -54,7 +62,9 @@ class MacroScalars(NamedTuple):
     last_window_mean: Any = 0.0
     last_window_variance: Any = 0.0
     best_window_mean: Any = 0.0
+    best_window_variance: Any = 0.0
     window_count: Any = 0
+    num_macro_steps: Any = 0
     num_windows: Any = 0
     num_macro_held: Any = 0
 
@@ -77,10 +87,10 @@ class ScaleByMacroRateState(NamedTuple):
 def scale_by_macro_rate(
     *,
     search: bool = True,
-    growth_factor: jax.typing.ArrayLike = 2.0,
+    anneal: bool = False,
+    growth_factor: jax.typing.ArrayLike = 4.0,
+    slow_growth_factor: jax.typing.ArrayLike = 1.5,
     backoff_factor: jax.typing.ArrayLike = 0.5,
-    slow_growth_factor: jax.typing.ArrayLike = 1.05,
-    max_slow_growth: jax.typing.ArrayLike = 8.0,
     good_alignment: jax.typing.ArrayLike = 0.25,
     audit_every: jax.typing.ArrayLike = 16,
 ) -> optax.GradientTransformationExtraArgs:
@@ -88,58 +98,76 @@ def scale_by_macro_rate(
 
     The rate :math:`r` is a number without unit that starts at 1 and multiplies the
     updates: chain ``optax.scale_by_learning_rate(learning_rate)`` behind it. From
-    time to time an *audit* tells whether the steps since the last one were good, and
-    before the update of that step is scaled
+    time to time an *audit* tells whether the steps since the last one led downhill, and
+    before the update of that step is scaled, the rate is adapted.
+
+    Inside ``error_regulate(..., audit=True)`` the regulator takes the audits. Let
+    :math:`c` be the average (decay 0.5, from the first positive one on) of the
+    alignments that it reports (the cosine between a fresh gradient and the way back
+    to the anchor) and :math:`\rho = c / \max(\max c, |c|)`: 1 where the slope leads on
+    as it did at the smallest rates, 0 where the steps reach the bottom, negative where
+    they go beyond.
+
+    **Search.** Every audit with :math:`\rho > good\_alignment` is good, and
+
+    .. math:: r \leftarrow growth^{\rho} \, r.
+
+    The first one that is not ends the search and :math:`r \leftarrow backoff \cdot r`
+    (the cut alone as long as no :math:`c` was positive). Before, what a good alignment
+    is has to be learnt from below: the very first good audit is followed by
+    :math:`r \leftarrow backoff^2 \cdot r`, and :math:`c` begins anew. If already the
+    first steps led uphill, the regulator goes back to the start (REVERT),
+    :math:`r \leftarrow backoff^4 \cdot r`, and so once more after the first good audit;
+    any other REVERT before a good audit does the same.
+
+    **Afterwards** the rate is steered in small steps. With :math:`n` the steps since
+    the last audit or REVERT, :math:`t` all accepted steps so far, :math:`b = 1` if the
+    mean loss of these :math:`n` steps is the lowest so far, else 0,
 
     .. math::
 
-        r \leftarrow \begin{cases}
-            \min(growth \cdot r,\; r_{max}) & \text{the search goes on} \\
-            \min(slow\_growth \cdot r,\; r_{max})
-                & \text{search is over, mean loss of the window is the best so far} \\
-            \max(r / slow\_growth,\; r_{min})
-                & \text{search is over, no new best, and } c < 0 \\
-            \max(backoff \cdot r,\; r_{min})
-                & \text{bad while searching, or a REVERT} \\
-            \max(backoff^4 \cdot r,\; r_{min})
-                & \text{the same before any good audit}
+        r &\leftarrow slow\_growth^{\,w e} \, r, \qquad w = \min(1, 8 n / t) \\
+        e &= \begin{cases}
+            1/2 + \rho / good\_alignment & b = 1 \\
+            \min(\rho / good\_alignment, 0) & b = 0
         \end{cases}
 
-    A bad audit after a good one ends the search; from then on the new rate bounds all
-    others, :math:`r_{min} = r / max\_slow\_growth` and
-    :math:`r_{max} = max\_slow\_growth \cdot r`. Before, the bounds are 2^-40 and 2^40.
-    A REVERT counts once for its two steps, and never ends the search.
-    The cut before a good audit is deep because what a good audit looks like is learnt
-    from below.
-
-    Inside ``error_regulate(..., audit=True)`` the regulator takes the audits. With
-    :math:`c` the average (decay 0.5, from the first one on) of the alignments that it
-    reports (the cosine between a fresh gradient and the way back to the anchor), an
-    audit is good while :math:`c > good\_alignment \cdot \max c`, and bad otherwise. An
-    alignment of exactly 0 (params have not moved at all) is neither. Bad before any
-    good one is a REVERT.
+    but :math:`e \ge -1`, and :math:`e \ge 0` unless ``anneal`` is set or the mean loss
+    is more than 2 standard errors above the lowest. So the rate grows while that pays,
+    and stays where the steps swing across the valley; the weight :math:`w` makes this
+    a matter of the relative length of the run, not of its number of steps. A REVERT
+    halves the rate (:math:`backoff`), though not below 1/8 of what the search found;
+    it counts once for its two steps, and never ends the search. An alignment of
+    exactly 0 (params have not moved at all) is neither good nor bad and leaves
+    :math:`\rho` as it is, which is 1 as long as no alignment is known.
 
     Alone, or with a regulator that takes no audits, one falls due every
     ``audit_every`` accepted steps and compares the mean loss of this window with that
     of the last one, the first window being only a mark: good if it fell by more than
-    2 standard errors of the difference, bad if it rose by as much. While it does
-    neither, the rate grows; the first good audit ends the search, because there is
-    no way back from a rate that is too bold.
+    2 standard errors of the difference, bad if it rose by as much; then
+    :math:`r \leftarrow backoff^4 \cdot r`, and the search goes on. While it does
+    neither, :math:`\rho = 1/2`; the first good audit ends the search where it is,
+    because there is no way back from a rate that is too bold. Afterwards
+    :math:`\rho = 0`.
 
     A step that is not accepted, or alone one with a loss or an update that is not
     finite, gives a zero update; a SKIP leaves rate and window as they were, a REVERT
-    empties the window. Losses are clipped to 1e16 in magnitude. With
-    ``search=False``, :math:`r_{min} = r_{max} = 1`: what is left is the regulator's
-    damping.
+    empties the window. Losses are clipped to 1e16 in magnitude, :math:`r` to
+    [2^-40, 2^40]. With ``search=False``, :math:`r` is 1: what is left is the
+    regulator's damping.
 
     Args:
       search: whether to look for the rate; if False, it is 1.
-      growth_factor: leap of the search, at least 1.
+      anneal: whether the rate falls when the loss stalls. Leave that to the schedule
+        where there is one that decays; `lalerg` sets it where there is none.
+      growth_factor: largest leap of the search, at least 1.
+      slow_growth_factor: unit of the steps up or down once the search is over, at
+        least 1.
       backoff_factor: cut, in (0, 1].
-      slow_growth_factor: step up or down once the search is over, at least 1.
-      max_slow_growth: bound of all such steps together, at least 1.
-      good_alignment: what counts as good, as a share of the best, in [0, 1).
+      good_alignment: what counts as good, as a share of the best, in (0, 1).
       audit_every: accepted steps in a window when standing alone, at least 2.
+
+    How much the defaults matter is measured in ``benchmarks/decades.py``.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the
@@ -168,16 +196,14 @@ def scale_by_macro_rate(
     check_range("growth_factor", growth_factor, 1.0, float("inf"))
     check_range("backoff_factor", backoff_factor, 0.0, 1.0, low_open=True)
     check_range("slow_growth_factor", slow_growth_factor, 1.0, float("inf"))
-    check_range("max_slow_growth", max_slow_growth, 1.0, float("inf"))
-    check_range("good_alignment", good_alignment, 0.0, 1.0, high_open=True)
+    check_range(
+        "good_alignment", good_alignment, 0.0, 1.0, low_open=True, high_open=True
+    )
     check_range("audit_every", audit_every, 2, float("inf"))
 
     def init_fn(params: optax.Params) -> ScaleByMacroRateState:
         del params
-        bounds = () if search else (1.0, 1.0)
-        known = MacroScalars(1.0, *bounds)._replace(
-            is_searching=search, has_improved=not search
-        )
+        known = MacroScalars(is_searching=search, has_improved=not search)
         return ScaleByMacroRateState(pack(known))
 
     def observe(state: MacroScalars, loss: jax.Array) -> MacroScalars:
@@ -186,6 +212,7 @@ def scale_by_macro_rate(
         mean = state.window_mean + (loss - state.window_mean) / count
         return state._replace(
             window_count=count,
+            num_macro_steps=optax.safe_increment(state.num_macro_steps),
             window_mean=mean,
             window_sum_of_squares=state.window_sum_of_squares
             + (loss - state.window_mean) * (loss - mean),
@@ -216,7 +243,7 @@ def scale_by_macro_rate(
     ) -> tuple[jax.Array, jax.Array, MacroScalars]:
         """Returns whether the audit was good, whether it was bad, and the state."""
         average = jnp.where(
-            state.has_improved,
+            state.best_alignment > 0.0,
             _ALIGNMENT_DECAY * state.avg_alignment + (1 - _ALIGNMENT_DECAY) * alignment,
             alignment,
         )
@@ -230,40 +257,95 @@ def scale_by_macro_rate(
             state._replace(avg_alignment=average, best_alignment=best),
         )
 
-    def adapt(
+    def clipped(rate: jax.Array) -> jax.Array:
+        return jnp.clip(rate, 1.0 / _MAX_RATE, _MAX_RATE)
+
+    def leap(
         state: MacroScalars,
-        is_audited: jax.Array,
+        boldness: jax.Array,
         is_good: jax.Array,
         is_bad: jax.Array,
-        is_best: jax.Array,
-        is_uphill: jax.Array,
         is_found: jax.Array,
-        is_reverted: jax.Array,
     ) -> MacroScalars:
-        """Applies the rule of the docstring."""
-        rate, max_rate = state.macro_rate, state.macro_max_rate
-        is_bad &= is_audited & state.is_searching
-        leap = jnp.where(is_found, rate, jnp.minimum(rate * growth_factor, max_rate))
-        crawl = jnp.minimum(rate * slow_growth_factor, max_rate)
-        recede = jnp.maximum(rate / slow_growth_factor, state.macro_min_rate)
-        slow = jnp.where(is_best, crawl, jnp.where(is_uphill, recede, rate))
-        grown = jnp.where(state.is_searching, leap, slow)
-        factor = jnp.where(state.has_improved, backoff_factor, backoff_factor**4)
-        cut = jnp.maximum(rate * factor, state.macro_min_rate)
-        new_rate = jnp.where(
-            is_bad | is_reverted, cut, jnp.where(is_audited, grown, rate)
+        """The search: leaps, until one was too far."""
+        is_first = is_good & ~state.has_improved & ~is_found
+        is_too_far = is_bad & state.has_improved
+        depth = jnp.where(is_bad | state.has_failed, _DEEP, _FIRST)
+        depth = jnp.where(is_too_far, _SHALLOW, depth)
+        factor = jnp.where(
+            is_bad | is_first, backoff_factor**depth, growth_factor**boldness
         )
-        is_ended = is_audited & state.is_searching
-        is_ended &= jnp.where(is_bad, state.has_improved, is_found)
-        widest = jnp.minimum(new_rate * max_slow_growth, _MAX_RATE)
+        rate = clipped(state.macro_rate * jnp.where(is_found, 1.0, factor))
+        # a good alignment has to be known, or nothing could be told from later ones
+        is_ended = (is_too_far & (state.best_alignment > 0.0)) | is_found
         return state._replace(
-            macro_rate=new_rate,
-            macro_min_rate=jnp.where(
-                is_ended, new_rate / max_slow_growth, state.macro_min_rate
-            ),
-            macro_max_rate=jnp.where(is_ended, widest, max_rate),
-            is_searching=state.is_searching & ~is_ended,
-            has_improved=state.has_improved | (is_audited & is_good),
+            macro_rate=rate,
+            macro_min_rate=jnp.where(is_ended, rate * _FLOOR, state.macro_min_rate),
+            is_searching=~is_ended,
+            has_improved=state.has_improved | is_good,
+            # what a good alignment is, is learnt from down there
+            avg_alignment=jnp.where(is_first, 0.0, state.avg_alignment),
+            best_alignment=jnp.where(is_first, 0.0, state.best_alignment),
+        )
+
+    def steer(
+        state: MacroScalars, tilt: jax.Array, is_best: jax.Array, is_worse: jax.Array
+    ) -> MacroScalars:
+        """After the search: small steps, by the loss and by where the slope leads."""
+        power = jnp.where(is_best, _GAIN + tilt, jnp.minimum(tilt, 0.0))
+        may_fall = True if anneal else is_worse
+        power = jnp.maximum(power, jnp.where(may_fall, -1.0, 0.0))
+        share = state.window_count / (_SHARE * jnp.maximum(state.num_macro_steps, 1))
+        factor = slow_growth_factor ** (power * jnp.minimum(share, 1.0))
+        return state._replace(macro_rate=clipped(state.macro_rate * factor))
+
+    def cut(state: MacroScalars) -> MacroScalars:
+        """A REVERT."""
+        depth = jnp.where(state.has_improved, _SHALLOW, _DEEP)
+        floor = jnp.minimum(state.macro_rate, state.macro_min_rate)
+        return start_window(state)._replace(
+            macro_rate=jnp.maximum(state.macro_rate * backoff_factor**depth, floor),
+            has_failed=state.has_failed | ~state.has_improved,
+        )
+
+    def choose(pred: jax.Array, new: MacroScalars, old: MacroScalars) -> MacroScalars:
+        return jax.tree.map(lambda n, o: jnp.where(pred, n, o), new, old)
+
+    def learn(
+        seen: MacroScalars, audit: Audit | None, has_value: bool
+    ) -> tuple[jax.Array, MacroScalars]:
+        """Returns whether an audit is due, and what is known after it."""
+        audited = seen
+        if audit is not None:
+            is_audited, is_found = audit.is_taken, jnp.zeros((), jnp.bool_)
+            is_good, is_bad, audited = audit_alignment(seen, audit.alignment)
+            average = audited.avg_alignment
+            best = jnp.maximum(audited.best_alignment, jnp.abs(average))
+            boldness = jnp.where(best > 0.0, average / best, 1.0)
+        else:
+            is_audited = (seen.window_count >= audit_every) & has_value
+            is_good, is_bad = audit_window(seen)
+            is_found = is_good  # there is no way back from more than that
+            is_known = seen.is_searching & (seen.num_windows > 0)
+            boldness = jnp.where(is_known, _BLIND_LEAP, 0.0)
+        variance = variance_of_mean(seen)
+        rise = seen.window_mean - seen.best_window_mean
+        margin = _STANDARD_ERRORS * jnp.sqrt(variance + seen.best_window_variance)
+        is_first = seen.num_windows == 0
+        is_best = (is_first | (rise < 0.0)) & has_value
+        is_worse = ~is_first & (rise > margin) & has_value
+        audited = choose(
+            seen.is_searching,
+            leap(audited, boldness, is_good, is_bad, is_found),
+            steer(audited, boldness / good_alignment, is_best, is_worse),
+        )
+        best_mean, best_variance = seen.best_window_mean, seen.best_window_variance
+        return is_audited, start_window(audited)._replace(
+            last_window_mean=seen.window_mean,
+            last_window_variance=variance,
+            best_window_mean=jnp.where(is_best, seen.window_mean, best_mean),
+            best_window_variance=jnp.where(is_best, variance, best_variance),
+            num_windows=optax.safe_increment(seen.num_windows),
         )
 
     def update_fn(
@@ -284,48 +366,15 @@ def scale_by_macro_rate(
             is_reverted = verdict == Verdict.REVERT
 
         last = unpack(MacroScalars, state.scalars)
-        seen = observe(last, jnp.clip(loss, -_LARGEST_LOSS, _LARGEST_LOSS))
-        is_known, is_found = jnp.ones((), jnp.bool_), jnp.zeros((), jnp.bool_)
-        if audit is not None:
-            is_audited = audit.is_taken & is_open
-            is_good, is_bad, audited = audit_alignment(seen, audit.alignment)
-        else:
-            is_audited = is_open & (seen.window_count >= audit_every)
-            if value is None:
-                is_audited = jnp.zeros((), jnp.bool_)
-            is_known = seen.num_windows > 0
-            is_good, is_bad = audit_window(seen)
-            is_found = is_good  # there is no way back from more than that
-            audited = seen
-        is_best = (seen.window_mean < seen.best_window_mean) | (seen.num_windows == 0)
-        if value is None:
-            is_best = jnp.zeros((), jnp.bool_)
-        audited = start_window(audited)._replace(
-            last_window_mean=seen.window_mean,
-            last_window_variance=variance_of_mean(seen),
-            best_window_mean=jnp.where(
-                is_best, seen.window_mean, seen.best_window_mean
-            ),
-            num_windows=optax.safe_increment(seen.num_windows),
-        )
-
-        def choose(pred: jax.Array, new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(pred, n, o), new, old)
-
         # A revert lasts two steps, and is one piece of news.
         is_news = is_reverted & ~last.is_reverting
-        held = choose(is_news, start_window(last), last)
-        known = choose(is_audited, audited, choose(is_open, seen, held))
-        known = adapt(
-            known,
-            is_audited & is_known,
-            is_good,
-            is_bad,
-            is_best,
-            audited.avg_alignment < 0.0,
-            is_found,
-            is_news,
-        )._replace(
+        known = last
+        if search:
+            seen = observe(last, jnp.clip(loss, -_LARGEST_LOSS, _LARGEST_LOSS))
+            is_audited, audited = learn(seen, audit, value is not None)
+            known = choose(is_open, choose(is_audited, audited, seen), last)
+            known = choose(is_news, cut(last), known)
+        known = known._replace(
             is_reverting=is_reverted,
             num_macro_held=count_if(~is_open, last.num_macro_held),
         )

