@@ -324,8 +324,8 @@ CONSTANTS: dict[str, tuple[Any, str, tuple[Any, Any]]] = {
     "threshold": (lo.lalerg, "threshold", (3.0, 12.0)),
     "anchor_every": (lo.lalerg, "anchor_every", (16, 64)),
 }
-# cheap ones; on two of them constants were chosen
-CONSTANTS_TASKS = ("logistic", "regression", "photo")
+# cheap ones; constants were chosen on them
+CONSTANTS_TASKS = ("logistic", "regression")
 
 
 def variants() -> list[Optimizer]:

@@ -275,22 +275,6 @@ class VAE(nn.Module):
         return MLP((64, 64))(code, is_training), mean, log_variance
 
 
-class Denoiser(nn.Module):
-    """Fills in the pixels of which half are dropped, in two residual blocks."""
-
-    width: int = 64
-
-    @nn.compact
-    def __call__(self, x: jax.Array, is_training: bool) -> jax.Array:
-        """Returns the pixels."""
-        keep = jax.random.bernoulli(self.make_rng("noise"), 0.5, x.shape)
-        h = nn.Dense(self.width)(jnp.where(keep, x, 0.0))
-        for _ in range(2):
-            hidden = nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(h)))
-            h = h + nn.Dense(self.width)(hidden)
-        return nn.Dense(x.shape[-1])(nn.LayerNorm()(h))
-
-
 def _negative_elbo(out: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
     logits, mean, log_variance = out
     pixels = optax.sigmoid_binary_cross_entropy(logits, x).sum(axis=-1)
@@ -445,13 +429,6 @@ def strokes() -> Task:
     return _task(SequenceClassifier(), _cross_entropy, _split(*_mnist()), 32, 600)
 
 
-def denoising() -> Task:
-    """Denoising network with layer normalisation and dropout, MNIST."""
-    images, _ = _mnist()
-    x = images.reshape(len(images), -1)
-    return _task(Denoiser(), _squared_error, _split(x, x), 64, 700)
-
-
 def characters() -> Task:
     """Character transformer, source text."""
     sets, size = _characters(24, 3000)
@@ -472,7 +449,7 @@ DEVELOPMENT: dict[str, Callable[[], Task]] = {
     )
 }
 REPORT: dict[str, Callable[[], Task]] = {
-    f.__name__: f for f in (residual, vae, photo, words, characters, strokes, denoising)
+    f.__name__: f for f in (residual, vae, photo, words, characters, strokes)
 }
 TASKS = DEVELOPMENT | REPORT
 
