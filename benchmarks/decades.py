@@ -665,15 +665,20 @@ def slowdown(results: Results, task: str) -> float:
     return float(ends[np.argmax(is_there)] / BUDGET_SHARE if any(is_there) else np.inf)
 
 
+def times(factor: float) -> str:
+    """Returns a factor as a table shows it."""
+    return f"{factor:.2f}" if np.isfinite(factor) else "not reached"
+
+
 def default_table(results: Results) -> list[str]:
     """Returns how ``lalerg()`` does on every task."""
     lines, factors = [], []
     for task in results.common(DEFAULT.name):
         excess = results.excess(task, DEFAULT.name)
         factors.append(slowdown(results, task))
-        factor = f"{factors[-1]:.2f}" if np.isfinite(factors[-1]) else "not reached"
+        factor = times(factors[-1])
         lines.append([task, percent(excess.mean()), percent(excess.max()), factor])
-    lines.append(["**median**", "", "", f"{np.median(factors):.2f}"])
+    lines.append(["**median**", "", "", times(float(np.median(factors)))])
     header = ["task", "mean excess, %", "worst seed, %", "times tuned AdamW's steps"]
     return table(header, lines)
 
