@@ -169,8 +169,28 @@ DEFAULT = LALERG._replace(
     rates=lambda tuned: (1e-3,),  # a name only: it is the default
     has_curve=True,
 )
-_AS_FACTOR = "multiplier with linear decay, as its docstring recommends"
-_AS_START = "the rate as its first estimate, multiplier 1 with linear decay"
+
+
+def estimating(name: str, factory: Callable[..., Any]) -> tuple[Optimizer, Optimizer]:
+    """Returns the two ways to give a rate to an optimizer that estimates its own."""
+    return (
+        Optimizer(
+            name,
+            "peers",
+            lambda rate, n: factory(linear(rate, n), weight_decay=WEIGHT_DECAY),
+            "multiplier with linear decay, as its docstring recommends",
+        ),
+        Optimizer(
+            f"{name}, first estimate",
+            "peers",
+            lambda rate, n: factory(
+                linear(1.0, n), estim_lr0=rate, weight_decay=WEIGHT_DECAY
+            ),
+            "the rate as its first estimate, multiplier 1 with linear decay",
+        ),
+    )
+
+
 PEERS = (
     ADAMW,
     Optimizer("adamw, constant", "peers", lambda rate, n: adamw(rate), "no schedule"),
@@ -212,38 +232,8 @@ PEERS = (
         lambda rate, n: optax.contrib.mechanize(adamw(linear(rate, n))),
         "linear decay inside; its own decay left at the default that it recommends",
     ),
-    Optimizer(
-        "prodigy",
-        "peers",
-        lambda rate, n: optax.contrib.prodigy(
-            linear(rate, n), weight_decay=WEIGHT_DECAY
-        ),
-        _AS_FACTOR,
-    ),
-    Optimizer(
-        "prodigy, first estimate",
-        "peers",
-        lambda rate, n: optax.contrib.prodigy(
-            linear(1.0, n), estim_lr0=rate, weight_decay=WEIGHT_DECAY
-        ),
-        _AS_START,
-    ),
-    Optimizer(
-        "dadapt_adamw",
-        "peers",
-        lambda rate, n: optax.contrib.dadapt_adamw(
-            linear(rate, n), weight_decay=WEIGHT_DECAY
-        ),
-        _AS_FACTOR,
-    ),
-    Optimizer(
-        "dadapt_adamw, first estimate",
-        "peers",
-        lambda rate, n: optax.contrib.dadapt_adamw(
-            linear(1.0, n), estim_lr0=rate, weight_decay=WEIGHT_DECAY
-        ),
-        _AS_START,
-    ),
+    *estimating("prodigy", optax.contrib.prodigy),
+    *estimating("dadapt_adamw", optax.contrib.dadapt_adamw),
     Optimizer(
         "dog",
         "peers",
@@ -421,7 +411,8 @@ def measure(
             eval_params=row.eval_params,
             final=row.final,
         )
-        curve = result.losses.reshape(NUM_PIECES, -1).mean(axis=1)
+        pieces = jnp.array_split(result.losses, NUM_PIECES)
+        curve = jnp.stack([piece.mean() for piece in pieces])
         return result.train_loss, result.test_loss, curve, result.aux[1]
 
     # seeds inside: the batches are drawn once for all rates
