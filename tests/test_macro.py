@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import lalerg_optax as lo
-from lalerg_optax._anchor import Audit
+from lalerg_optax._anchor import Audit, global_norm, look_back
 from lalerg_optax._judge import Verdict
 
 ACCEPT, REVERT = jnp.int32(Verdict.ACCEPT), jnp.int32(Verdict.REVERT)
@@ -222,3 +222,15 @@ def test_the_search_goes_on_until_a_good_alignment_is_known():
     driver.window(-0.8)
     assert not driver.state.is_searching
     assert driver.window(0.001, value=0.5) <= 1.5**0.5 * 1.01
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("size", "step"), [(1e15, 1e6), (1e-15, 1e-10), (1.0, 1e-3)])
+def test_a_look_back_is_significant_though_its_squares_are_no_float32(size, step, sign):
+    grads, anchor = jnp.full(4, sign * size), jnp.full(4, step)
+    seen = look_back(grads, global_norm(grads), anchor, jnp.zeros(4))
+    is_seen, alignment, significance = map(float, seen)
+    assert is_seen
+    np.testing.assert_allclose(alignment, sign, rtol=1e-5)
+    assert np.isfinite(significance)
+    assert sign * significance > 1.9
