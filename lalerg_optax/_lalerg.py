@@ -17,8 +17,9 @@ def lalerg(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     *,
     b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
+    b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
+    gradient_share: jax.typing.ArrayLike = 0.4,
     weight_decay: jax.typing.ArrayLike = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     clip_norm: jax.typing.ArrayLike | None = None,
@@ -46,7 +47,7 @@ def lalerg(
 
         error_regulate(
             optax.chain(
-                scale_by_micro_rate(b1, b2, eps),          # or ``micro``
+                scale_by_micro_rate(b1, b2, eps, gradient_share=...),  # or ``micro``
                 optax.add_decayed_weights(weight_decay, mask),
                 scale_by_macro_rate(search=search, anneal=not callable(learning_rate)),
                 optax.scale_by_learning_rate(learning_rate),
@@ -54,8 +55,8 @@ def lalerg(
             audit=search,
         )
 
-    With ``search=False`` and nothing to object to, it takes the steps of
-    ``optax.adamw`` with the same arguments.
+    With ``search=False``, ``b2=0.999``, ``gradient_share=0`` and nothing to object to,
+    it takes the steps of ``optax.adamw``.
 
     Args:
       learning_rate: a positive float or an Optax schedule. With ``search`` it need
@@ -65,12 +66,14 @@ def lalerg(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, at least 0.
+      gradient_share: weight of the fresh gradient against that of the first moment, in
+        [0, 1]; 0 is Adam's rule. See `scale_by_micro_rate`.
       weight_decay: decoupled weight decay, at least 0, as in ``optax.adamw``.
       mask: which parameters to decay, as in ``optax.add_decayed_weights``.
       clip_norm: if given, gradients are scaled down to this global norm.
       micro: the second level, any Optax transformation without sign flip
         (``optax.scale_by_rss()``, ``optax.scale_by_lion()``, ...); by default
-        ``scale_by_micro_rate(b1, b2, eps)``.
+        ``scale_by_micro_rate`` with the four arguments above.
       search: whether the macro level looks for the rate, up and down. If False the
         rate is the user's, times the damping of the regulator.
       threshold: see `error_regulate`.
@@ -111,7 +114,7 @@ def lalerg(
         check_range("learning_rate", learning_rate, 0.0, float("inf"))
     return error_regulate(
         optax.chain(
-            scale_by_micro_rate(b1, b2, eps)
+            scale_by_micro_rate(b1, b2, eps, gradient_share=gradient_share)
             if micro is None
             else restart_with_audit(micro),
             optax.add_decayed_weights(weight_decay, mask),

@@ -51,8 +51,9 @@ class LossHistory:
 class MicroRate:
     """``scale_by_micro_rate``."""
 
-    def __init__(self, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0):
+    def __init__(self, b1=0.9, b2=0.99, eps=1e-8, eps_root=0.0, gradient_share=0.4):
         self.b1, self.b2, self.eps, self.eps_root = b1, b2, eps, eps_root
+        self.gradient_share = gradient_share
         self.micro_count = 0
         self.num_micro_held = 0
         self.mu = self.nu = 0.0
@@ -75,7 +76,8 @@ class MicroRate:
         self.nu = self.b2 * self.nu + (1 - self.b2) * grads**2
         mu = self.mu / (1 - self.b1**self.micro_count)
         nu = self.nu / (1 - self.b2**self.micro_count)
-        return mu / (np.sqrt(nu + self.eps_root) + self.eps)
+        mean = (1 - self.gradient_share) * mu + self.gradient_share * grads
+        return mean / (np.sqrt(nu + self.eps_root) + self.eps)
 
 
 class MacroRate:
@@ -535,7 +537,7 @@ def lalerg(
     *,
     params,
     b1=0.9,
-    b2=0.999,
+    b2=0.99,
     eps=1e-8,
     weight_decay=1e-4,
     clip_norm=None,

@@ -96,6 +96,8 @@ def assert_nothing_objected(state, num_steps):
 
 # ---- lalerg and AdamW ---------------------------------------------------------------
 
+ADAM = {"b2": 0.999, "gradient_share": 0.0, "search": False}
+
 
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-4, 0.1])
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def assert_nothing_objected(state, num_steps):
 def test_lalerg_without_search_follows_adamw(learning_rate, weight_decay):
     plain, _, losses = run(optax.adamw(learning_rate, weight_decay=weight_decay), 1000)
     ours, state, our_losses = run(
-        lo.lalerg(learning_rate, weight_decay=weight_decay, search=False), 1000
+        lo.lalerg(learning_rate, weight_decay=weight_decay, **ADAM), 1000
     )
     assert losses[-50:].mean() < 0.2 * losses[0]
     assert_nothing_objected(state, 1000)
@@ -118,7 +120,7 @@ def test_lalerg_without_search_follows_adamw(learning_rate, weight_decay):
 def test_clip_norm_clips_like_clip_by_global_norm():
     plain = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-3))
     plain, _, _ = run(plain, 300)
-    ours, state, _ = run(lo.lalerg(1e-3, clip_norm=0.5, search=False), 300)
+    ours, state, _ = run(lo.lalerg(1e-3, clip_norm=0.5, **ADAM), 300)
     assert_nothing_objected(state, 300)
     chex.assert_trees_all_close(ours, plain, rtol=1e-4, atol=1e-5)
     free, _, _ = run(optax.adamw(1e-3), 300)

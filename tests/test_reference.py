@@ -66,7 +66,7 @@ def sgd(learning_rate, momentum):
 
 def flat_reference(params):
     links = reference.Chain(
-        reference.MicroRate(b1=0.8, b2=0.99),
+        reference.MicroRate(b1=0.8, b2=0.9, gradient_share=0.6),
         reference.MacroRate(audit_every=9),
         reference.LearningRate(0.01),
     )
@@ -125,7 +125,7 @@ CASES = {
     ),
     "flat": Case(
         lambda: optax.chain(
-            lo.scale_by_micro_rate(b1=0.8, b2=0.99),
+            lo.scale_by_micro_rate(b1=0.8, b2=0.9, gradient_share=0.6),
             lo.scale_by_macro_rate(audit_every=9),
             optax.scale_by_learning_rate(0.01),
             lo.error_regulate(),

@@ -255,7 +255,7 @@ def test_failing_first_steps_revert_and_lower_the_rate():
         if report["verdict"] == REVERT:
             reverts.append(params)
         rates.append(float(report["macro_rate"]))
-    assert len(reverts) >= 4
+    assert len(reverts) >= 2
     chex.assert_trees_all_equal(reverts[0], start)
     assert rates[-1] < 1.0 / 16.0
     assert jnp.sum(params**2) < jnp.sum(start**2)
