@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ._anchor import Audit
-from ._checks import as_loss, check_range
+from ._checks import as_loss, check_range, check_state_type
 from ._gate import count_if, open_gate
 from ._judge import Verdict
 from ._scalars import Scalars, pack, read, unpack
@@ -359,6 +359,7 @@ def scale_by_macro_rate(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByMacroRateState]:
         del params, extra_args
+        check_state_type("scale_by_macro_rate", state, ScaleByMacroRateState)
         loss = as_loss(0.0 if value is None else value)
         is_open, updates = open_gate(updates, verdict, loss)
         is_reverted = jnp.zeros((), jnp.bool_)
