@@ -154,7 +154,8 @@ def scale_by_macro_rate(
     finite, gives a zero update; a SKIP leaves rate and window as they were, a REVERT
     empties the window. Losses are clipped to 1e16 in magnitude, :math:`r` to
     [2^-40, 2^40]. With ``search=False``, :math:`r` is 1: what is left is the
-    regulator's damping.
+    regulator's damping. A run may be taken up with another choice: switched off, the
+    search forgets its rate, and switched on, it begins.
 
     Args:
       search: whether to look for the rate; if False, it is 1.
@@ -201,10 +202,12 @@ def scale_by_macro_rate(
     )
     check_range("audit_every", audit_every, 2, float("inf"))
 
+    # without a search there is nothing to find
+    unsearched = MacroScalars(is_searching=False, has_improved=True)
+
     def init_fn(params: optax.Params) -> ScaleByMacroRateState:
         del params
-        known = MacroScalars(is_searching=search, has_improved=not search)
-        return ScaleByMacroRateState(pack(known))
+        return ScaleByMacroRateState(pack(MacroScalars() if search else unsearched))
 
     def observe(state: MacroScalars, loss: jax.Array) -> MacroScalars:
         """Adds a loss to the window (Welford's sums)."""
@@ -369,8 +372,14 @@ def scale_by_macro_rate(
         last = unpack(MacroScalars, state.scalars)
         # A revert lasts two steps, and is one piece of news.
         is_news = is_reverted & ~last.is_reverting
-        known = last
+        known = unsearched
         if search:
+            # of a run whose search was off so far
+            is_begun = last.num_macro_steps > 0
+            last = last._replace(
+                is_searching=last.is_searching | ~is_begun,
+                has_improved=last.has_improved & is_begun,
+            )
             seen = observe(last, jnp.clip(loss, -_LARGEST_LOSS, _LARGEST_LOSS))
             is_audited, audited = learn(seen, audit, value is not None)
             known = choose(is_open, choose(is_audited, audited, seen), last)

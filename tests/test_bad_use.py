@@ -216,3 +216,41 @@ def test_an_inner_that_is_no_transformation_is_a_type_error(bad):
         with pytest.raises(TypeError, match="must be an Optax gradient") as error:
             factory(**{name: bad})
         assert f"got {name} = " in reason(error)
+
+
+def run(tx, params, state, num_steps):
+    """Follows the gradient of |p|^2; returns params and state."""
+
+    def step(carry, _):
+        params, state = carry
+        loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return (lo.apply_updates(params, updates, state), state), None
+
+    return jax.lax.scan(step, (params, state), length=num_steps)[0]
+
+
+def test_a_search_that_is_switched_off_in_mid_run_forgets_its_rate():
+    on, off = lo.lalerg(1e-4), lo.lalerg(1e-4, search=False)
+    params = jnp.array([3.0, -2.0])
+    params, state = run(on, params, on.init(params), 60)
+    assert lo.metrics(state)["macro_rate"] > 2.0
+    before = params
+    params, state = run(off, params, state, 1)
+    report = lo.metrics(state)
+    assert report["macro_rate"] == 1.0
+    assert not report["is_searching"]
+    assert report["num_accepted"] == 61
+    np.testing.assert_array_less(jnp.abs(params - before), 1.1e-4)
+
+
+def test_a_search_that_is_switched_on_in_mid_run_begins():
+    on, off = lo.lalerg(1e-5), lo.lalerg(1e-5, search=False)
+    params = jnp.array([3.0, -2.0])
+    params, state = run(off, params, off.init(params), 60)
+    assert lo.metrics(state)["macro_rate"] == 1.0
+    params, state = run(on, params, state, 10)
+    assert lo.metrics(state)["is_searching"]
+    params, state = run(on, params, state, 300)
+    assert lo.metrics(state)["macro_rate"] > 1e3
+    assert jnp.sum(params**2) < 0.1
