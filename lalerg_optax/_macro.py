@@ -9,7 +9,7 @@ import optax
 from ._anchor import Audit
 from ._checks import as_loss, check_range, check_state_type
 from ._gate import count_if, open_gate
-from ._judge import Verdict
+from ._judge import LARGEST, Verdict
 from ._scalars import Scalars, pack, read, unpack
 
 _MAX_RATE = 2.0**40
@@ -21,7 +21,7 @@ _FIRST = 2.0  # half as deep: a start that was good at once may be right
 _GAIN = 0.5  # exponent of a growth that the loss alone speaks for
 _FLOOR = 1.0 / 8.0  # of the rate that was found: reverts cut no further
 _BLIND_LEAP = 0.5  # the share of a leap to dare where no alignment is known
-_LARGEST_LOSS = 1e16  # its square, times the length of a window, is a float32
+_LARGEST_LOSS = 1e16  # its square, times the length of most windows, is a float32
 
 
 class MacroScalars(NamedTuple):
@@ -211,14 +211,16 @@ def scale_by_macro_rate(
 
     def observe(state: MacroScalars, loss: jax.Array) -> MacroScalars:
         """Adds a loss to the window (Welford's sums)."""
-        count = state.window_count + 1
+        count = optax.safe_increment(state.window_count)
         mean = state.window_mean + (loss - state.window_mean) / count
+        square = (loss - state.window_mean) * (loss - mean)
         return state._replace(
             window_count=count,
             num_macro_steps=optax.safe_increment(state.num_macro_steps),
             window_mean=mean,
-            window_sum_of_squares=state.window_sum_of_squares
-            + (loss - state.window_mean) * (loss - mean),
+            window_sum_of_squares=jnp.minimum(
+                state.window_sum_of_squares + square, LARGEST
+            ),
         )
 
     def start_window(state: MacroScalars) -> MacroScalars:

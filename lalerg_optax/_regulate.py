@@ -329,8 +329,11 @@ def error_regulate(
 
     Raises:
       ValueError: for a hyperparameter outside of its range; in ``init`` when the
-        devices do not have that memory; in ``update`` when params are missing or
-        ``value`` is no scalar.
+        devices do not have that memory; in ``update`` when params are missing,
+        ``value`` is no scalar, gradients have not the tree and the shapes of the
+        params, or the state is that of other params or of another configuration.
+      TypeError: if ``inner`` is no transformation, ``value`` no number, or the state
+        that of another transformation.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo
