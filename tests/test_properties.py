@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from hypothesis import event, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 import lalerg_optax as lo
@@ -76,9 +76,9 @@ def segments(levels, max_length):
     )
 
 
-def sequences(levels=LEVELS, length=LENGTH):
+def sequences(levels=LEVELS, length=LENGTH, max_odd=4):
     """Losses and gradients: usual stretches with odd ones between them."""
-    one = st.one_of(segments(USUAL_LEVELS, 40), segments(levels, 4))
+    one = st.one_of(segments(USUAL_LEVELS, 40), segments(levels, max_odd))
     several = st.lists(one, min_size=1, max_size=10)
     return st.tuples(several, st.integers(0, 99)).map(
         functools.partial(as_arrays, length=length)
@@ -97,6 +97,19 @@ def as_arrays(drawn, length):
             grads.append(np.where(slope == 0.0, 0.0, factor * slope).astype(np.float32))
     losses, grads = np.concatenate(losses), np.concatenate(grads)
     return np.resize(losses, length), np.resize(grads, (length, SIZE))
+
+
+MANY_REVERTS = as_arrays(
+    ([(1, 1.0, 1.0, 0.0, "slope"), (2, NAN, 1.0, 0.0, "slope")], 0), LENGTH
+)
+ALWAYS_WORSE = as_arrays(
+    (
+        [(20, 1.0, 1.0, 0.01, "slope")]
+        + [(1, 10.0**k, 1.0, 0.0, "slope") for k in np.arange(2.0, 36.0, 0.45)],
+        0,
+    ),
+    LENGTH,
+)
 
 
 def as_tree(vector):
@@ -207,6 +220,7 @@ def test_counters_add_up(name, sequence):
 
 
 @forms(FORMS)
+@example(sequence=MANY_REVERTS)
 @given(sequence=sequences())
 def test_rates_and_errors_stay_in_their_bounds(name, sequence):
     seen = seen_by(name, sequence)
@@ -271,7 +285,8 @@ def test_verdicts_follow_from_the_errors(name, sequence):
         last = verdict
 
 
-@given(sequence=sequences(), patience=st.integers(4, 40))
+@example(sequence=ALWAYS_WORSE, patience=7)
+@given(sequence=sequences(max_odd=40), patience=st.integers(4, 20))
 def test_finite_steps_are_rejected_at_most_patience_plus_one_times(sequence, patience):
     losses, grads = sequence
     verdicts = verdicts_with(sequence, patience=np.float32(patience))
