@@ -1,6 +1,7 @@
-"""Checks of what users hand in: hyperparameters at construction, losses later."""
+"""Checks of what users hand in: hyperparameters when made, all else when traced."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,13 +38,107 @@ def check_range(
         )
 
 
+def check_transformation(name: str, inner: Any) -> None:
+    """Raises a TypeError unless ``inner`` is a gradient transformation."""
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"{name} must be an Optax gradient transformation such as "
+            f"optax.sgd(0.1), got {name} = {inner!r}."
+        )
+
+
 def as_loss(value: jax.typing.ArrayLike | None) -> jax.Array | None:
     """Returns ``value`` as a float32 scalar; None stays None."""
     if value is None:
         return None
+    if isinstance(value, tuple | list):
+        raise TypeError(
+            f"value must be a scalar, the mean loss of the batch, got a "
+            f"{type(value).__name__} of {len(value)}. With has_aux=True, "
+            "jax.value_and_grad returns (loss, aux): pass the loss alone."
+        )
+    try:
+        dtype = jnp.result_type(value)
+        is_real = dtype == jnp.bool_ or not jnp.issubdtype(dtype, jnp.complexfloating)
+    except (TypeError, ValueError):
+        is_real = False
+    if not is_real:
+        raise TypeError(
+            "value must be a real number, the mean loss of the batch, got "
+            f"value = {value!r}."
+        )
     if jnp.shape(value):
         raise ValueError(
             "value must be a scalar, the mean loss of the batch, got shape "
-            f"{jnp.shape(value)}."
+            f"{jnp.shape(value)}: take the mean of the losses of its examples."
         )
     return jnp.asarray(value, jnp.float32)
+
+
+def _difference(tree: Any, model: Any) -> str | None:
+    """Returns the first thing in which a tree is not like its model, in words."""
+    leaves, wanted = jax.tree.leaves(tree), jax.tree.leaves(model)
+    is_same_tree = jax.tree.structure(tree) == jax.tree.structure(model)
+    if is_same_tree and [*map(jnp.shape, leaves)] == [*map(jnp.shape, wanted)]:
+        return None
+    found, sought = _shapes(tree), _shapes(model)
+    for path in {**sought, **found}:
+        if path not in found:
+            return f"there is no leaf {path}"
+        if path not in sought:
+            return f"leaf {path} is one too many"
+        if found[path] != sought[path]:
+            return f"leaf {path} has shape {found[path]} instead of {sought[path]}"
+    return "the containers are of other types"
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all leaves by path."""
+    return {
+        jax.tree_util.keystr(path) or "(the whole)": jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def check_updates(link: str, updates: Any, model: Any) -> None:
+    """Raises a ValueError unless updates have the tree and the shapes of ``model``."""
+    difference = _difference(updates, model)
+    if difference is not None:
+        raise ValueError(
+            f"{link} got gradients (or updates) that are not like the params: "
+            f"{difference}. Pass the gradient of the mean loss with respect to the "
+            "params that init was called with."
+        )
+
+
+def check_state_type(link: str, state: Any, kind: type) -> None:
+    """Raises a TypeError unless a state is of its kind."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{link} needs a state of type {kind.__name__}, got one of type "
+            f"{type(state).__name__}. Call update(grads, state, params, value=loss) "
+            "with the state that init(params) of the same optimizer returned, or "
+            "that was restored into one."
+        )
+
+
+def check_state(link: str, state: Any, init: Callable[[Any], Any], params: Any) -> None:
+    """Raises a ValueError unless ``init(params)`` could have returned the state.
+
+    Trees and shapes are compared, and the dtypes of the anchor. Nothing is computed:
+    ``init`` is only traced, and that once.
+    """
+    expected = jax.eval_shape(init, params)
+    difference = _difference(state, expected)
+    if difference is None:
+        for a, b in zip(
+            *map(jax.tree.leaves, (state.anchor, expected.anchor)), strict=True
+        ):
+            if a.dtype != b.dtype:
+                difference = f"the anchor is {a.dtype} instead of {b.dtype}"
+    if difference is not None:
+        raise ValueError(
+            f"{link} got a state of another configuration or of other params: in the "
+            f"state, {difference}. Call update with the optimizer and the params "
+            "that the state was made with, or init(params) for a new one."
+        )

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ._checks import check_range
+from ._checks import check_range, check_transformation
 from ._macro import scale_by_macro_rate
 from ._micro import scale_by_micro_rate
 from ._regulate import error_regulate
@@ -109,6 +109,8 @@ def lalerg(
       package's own. See `error_regulate`, `scale_by_macro_rate` and
       `scale_by_micro_rate` for what they descend from.
     """
+    if micro is not None:
+        check_transformation("micro", micro)
     check_range("weight_decay", weight_decay, 0.0, float("inf"))
     if not callable(learning_rate):
         check_range("learning_rate", learning_rate, 0.0, float("inf"))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from ._anchor import Audit
-from ._checks import as_loss, check_range
+from ._checks import as_loss, check_range, check_state_type
 from ._gate import count_if, open_gate
-from ._judge import Verdict
+from ._judge import LARGEST, Verdict
 from ._scalars import Scalars, pack, read, unpack
 
 _MAX_RATE = 2.0**40
@@ -21,7 +21,7 @@ _FIRST = 2.0  # half as deep: a start that was good at once may be right
 _GAIN = 0.5  # exponent of a growth that the loss alone speaks for
 _FLOOR = 1.0 / 8.0  # of the rate that was found: reverts cut no further
 _BLIND_LEAP = 0.5  # the share of a leap to dare where no alignment is known
-_LARGEST_LOSS = 1e16  # its square, times the length of a window, is a float32
+_LARGEST_LOSS = 1e16  # its square, times the length of most windows, is a float32
 
 
 class MacroScalars(NamedTuple):
@@ -154,7 +154,8 @@ def scale_by_macro_rate(
     finite, gives a zero update; a SKIP leaves rate and window as they were, a REVERT
     empties the window. Losses are clipped to 1e16 in magnitude, :math:`r` to
     [2^-40, 2^40]. With ``search=False``, :math:`r` is 1: what is left is the
-    regulator's damping.
+    regulator's damping. A run may be taken up with another choice: switched off, the
+    search forgets its rate, and switched on, it begins.
 
     Args:
       search: whether to look for the rate; if False, it is 1.
@@ -201,21 +202,25 @@ def scale_by_macro_rate(
     )
     check_range("audit_every", audit_every, 2, float("inf"))
 
+    # without a search there is nothing to find
+    unsearched = MacroScalars(is_searching=False, has_improved=True)
+
     def init_fn(params: optax.Params) -> ScaleByMacroRateState:
         del params
-        known = MacroScalars(is_searching=search, has_improved=not search)
-        return ScaleByMacroRateState(pack(known))
+        return ScaleByMacroRateState(pack(MacroScalars() if search else unsearched))
 
     def observe(state: MacroScalars, loss: jax.Array) -> MacroScalars:
         """Adds a loss to the window (Welford's sums)."""
-        count = state.window_count + 1
+        count = optax.safe_increment(state.window_count)
         mean = state.window_mean + (loss - state.window_mean) / count
+        square = (loss - state.window_mean) * (loss - mean)
         return state._replace(
             window_count=count,
             num_macro_steps=optax.safe_increment(state.num_macro_steps),
             window_mean=mean,
-            window_sum_of_squares=state.window_sum_of_squares
-            + (loss - state.window_mean) * (loss - mean),
+            window_sum_of_squares=jnp.minimum(
+                state.window_sum_of_squares + square, LARGEST
+            ),
         )
 
     def start_window(state: MacroScalars) -> MacroScalars:
@@ -359,6 +364,7 @@ def scale_by_macro_rate(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByMacroRateState]:
         del params, extra_args
+        check_state_type("scale_by_macro_rate", state, ScaleByMacroRateState)
         loss = as_loss(0.0 if value is None else value)
         is_open, updates = open_gate(updates, verdict, loss)
         is_reverted = jnp.zeros((), jnp.bool_)
@@ -368,8 +374,14 @@ def scale_by_macro_rate(
         last = unpack(MacroScalars, state.scalars)
         # A revert lasts two steps, and is one piece of news.
         is_news = is_reverted & ~last.is_reverting
-        known = last
+        known = unsearched
         if search:
+            # of a run whose search was off so far
+            is_begun = last.num_macro_steps > 0
+            last = last._replace(
+                is_searching=last.is_searching | ~is_begun,
+                has_improved=last.has_improved & is_begun,
+            )
             seen = observe(last, jnp.clip(loss, -_LARGEST_LOSS, _LARGEST_LOSS))
             is_audited, audited = learn(seen, audit, value is not None)
             known = choose(is_open, choose(is_audited, audited, seen), last)

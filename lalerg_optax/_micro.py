@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ._anchor import Audit
-from ._checks import check_range
+from ._checks import check_range, check_state_type, check_updates
 from ._gate import count_if, open_gate
 from ._judge import Verdict
 
@@ -135,6 +135,8 @@ def scale_by_micro_rate(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByMicroRateState]:
         del params, extra_args
+        check_state_type("scale_by_micro_rate", state, ScaleByMicroRateState)
+        check_updates("scale_by_micro_rate", updates, state.mu)
         is_open, updates = open_gate(updates, verdict)
         # Decays that become "keep", with a gradient that is zero: selecting the old
         # state afterwards would keep old and new alive, and cost a copy.

@@ -18,7 +18,14 @@ from ._anchor import (
     look_back,
     move,
 )
-from ._checks import as_loss, check_range
+from ._checks import (
+    as_loss,
+    check_range,
+    check_state,
+    check_state_type,
+    check_transformation,
+    check_updates,
+)
 from ._gate import count_if
 from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge, overrule
 from ._scalars import Scalars, pack, read, unpack
@@ -322,8 +329,11 @@ def error_regulate(
 
     Raises:
       ValueError: for a hyperparameter outside of its range; in ``init`` when the
-        devices do not have that memory; in ``update`` when params are missing or
-        ``value`` is no scalar.
+        devices do not have that memory; in ``update`` when params are missing,
+        ``value`` is no scalar, gradients have not the tree and the shapes of the
+        params, or the state is that of other params or of another configuration.
+      TypeError: if ``inner`` is no transformation, ``value`` no number, or the state
+        that of another transformation.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo
@@ -358,6 +368,8 @@ def error_regulate(
     is_flat = inner is None
     if is_flat and audit:
         raise ValueError("audit needs the gradient, which the flat form does not see.")
+    if not is_flat:
+        check_transformation("inner", inner)
     chained = optax.with_extra_args_support(optax.identity() if is_flat else inner)
 
     def init_fn(params: optax.Params) -> ErrorRegulateState:
@@ -381,6 +393,9 @@ def error_regulate(
                 "error_regulate needs the params: call update(grads, state, params, "
                 "value=loss)."
             )
+        check_state_type("error_regulate", state, ErrorRegulateState)
+        check_updates("error_regulate", updates, params)
+        check_state("error_regulate", state, init_fn, params)
         extra_args = {k: v for k, v in extra_args.items() if k not in _OWN_EXTRA_ARGS}
 
         # Measure: scalars only.

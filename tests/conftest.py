@@ -1,4 +1,4 @@
-"""Eight CPU devices for all tests; rank promotion is an error."""
+"""Eight CPU devices for all tests; rank promotion is an error; the same examples."""
 
 import os
 
@@ -7,5 +7,14 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples on every machine and day; a hundred times as many of them with
+# pytest tests/test_properties.py --hypothesis-profile=slow
+settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True)
+settings.register_profile(
+    "slow", parent=settings.get_profile("quick"), max_examples=3000
+)
+settings.load_profile("quick")

@@ -1,0 +1,249 @@
+"""Runs of a million steps: nothing overflows, drifts or grows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+import lalerg_optax as lo
+from lalerg_optax import Verdict
+from lalerg_optax._macro import MacroScalars
+from lalerg_optax._monitor import find_states
+from lalerg_optax._regulate import RegulatorScalars
+from lalerg_optax._scalars import pack, unpack
+
+NUM_STEPS = 1_000_000
+LAST = 2**31 - 1
+SIZE = 8
+
+
+def all_finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+
+
+def faulty_bowl(tx, num_steps, seed):
+    """Trains on a noisy bowl; one step in a hundred is spoilt by a NaN or a spike."""
+    curvature = jnp.logspace(-1.0, 0.5, SIZE)
+
+    def step(carry, _):
+        t, params, state, faults, worst = carry
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), t), 3)
+        noise = 0.1 * jax.random.normal(keys[0], (SIZE,))
+        loss, grad = jax.value_and_grad(
+            lambda p: jnp.sum(curvature * (p - noise) ** 2)
+        )(params)
+        is_faulty = jax.random.uniform(keys[1]) < 0.01
+        kind = jax.random.randint(keys[2], (), 0, 4)
+        loss_fault = jnp.array([jnp.nan, 0.0, 1e4, 0.0])[kind]
+        grad_fault = jnp.array([1.0, jnp.nan, 1.0, 1e6])[kind]
+        loss += jnp.where(is_faulty, loss_fault, 0.0)
+        grad *= jnp.where(is_faulty, grad_fault, 1.0)
+        updates, state = tx.update(grad, state, params, value=loss)
+        params = lo.apply_updates(params, updates, state)
+        largest = jnp.max(jnp.abs(params))
+        worst = jnp.maximum(worst, largest)
+        return (t + 1, params, state, faults + is_faulty, worst), None
+
+    params = jnp.ones(SIZE)
+    carry = (jnp.int32(0), params, tx.init(params), jnp.int32(0), jnp.float32(0.0))
+    return jax.lax.scan(step, carry, length=num_steps)[0][1:]
+
+
+def test_memory_does_not_grow_with_the_length_of_a_run():
+    tx = lo.lalerg(1e-2)
+    sizes = []
+    for num_steps in (10, NUM_STEPS):
+        run = jax.jit(functools.partial(faulty_bowl, tx, num_steps, 0))
+        memory = run.lower().compile().memory_analysis()
+        sizes.append(memory.temp_size_in_bytes + memory.output_size_in_bytes)
+    assert 0 < sizes[0] == sizes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("search", [True, False])
+def test_a_million_steps_with_faults_end_where_they_should(search):
+    tx = lo.lalerg(1e-2, search=search)
+    params, state, num_faults, worst = jax.jit(
+        functools.partial(faulty_bowl, tx, NUM_STEPS, 0)
+    )()
+    report = lo.metrics(state)
+    assert all_finite((params, state))
+    assert worst < 3.0
+    assert jnp.max(jnp.abs(params)) < 0.3
+    rejected = report["num_skipped"] + report["num_reverted"]
+    assert report["num_accepted"] + rejected == NUM_STEPS
+    assert 0.9 * num_faults < rejected < 1.2 * num_faults
+    (micro,) = find_states(state, lo.ScaleByMicroRateState).values()
+    assert micro.micro_count == report["num_accepted"]
+    assert micro.num_micro_held == report["num_macro_held"] == rejected
+    assert report["damping"] > 0.2
+    assert 0.005 < report["avg_value"] < 0.5
+
+
+def stream(seed):
+    """Returns a million losses and gradients, one in a hundred of them spoilt."""
+    rng = np.random.default_rng(seed)
+    losses = 2.0 + 0.1 * rng.standard_normal(NUM_STEPS)
+    grads = 1.0 + 0.3 * rng.standard_normal((NUM_STEPS, SIZE))
+    kind = np.where(rng.random(NUM_STEPS) < 0.01, rng.integers(1, 5, NUM_STEPS), 0)
+    losses[kind == 1] = np.nan
+    losses[kind == 2] = 50.0
+    grads[kind == 3] *= 1e5
+    grads[kind == 4, 2] = np.inf
+    return losses.astype(np.float32), grads.astype(np.float32)
+
+
+@pytest.mark.slow
+def test_statistics_of_a_million_steps_are_those_of_the_reference():
+    losses, grads = stream(0)
+    tx = lo.lalerg(0.0, search=False, weight_decay=0.0)
+    params = jnp.ones(SIZE)
+
+    def step(state, inputs):
+        loss, grad = inputs
+        _, state = tx.update(grad, state, params, value=loss)
+        return state, state.verdict
+
+    state, verdicts = jax.jit(lambda *x: jax.lax.scan(step, tx.init(params), x))(
+        losses, grads
+    )
+    expected = reference.lalerg(
+        0.0, search=False, weight_decay=0.0, params=np.ones(SIZE)
+    )
+    wanted = np.zeros(NUM_STEPS, np.int32)
+    for t, (loss, grad) in enumerate(zip(losses.tolist(), grads, strict=True)):
+        expected.update(grad.astype(np.float64), np.ones(SIZE), loss)
+        wanted[t] = expected.verdict
+    np.testing.assert_array_equal(verdicts, wanted)
+    counts = np.bincount(wanted, minlength=3)
+    assert np.all(counts > 100)
+    assert (state.num_accepted, state.num_skipped, state.num_reverted) == tuple(counts)
+    assert state.anchor_age == expected.anchor_age
+    for part, name in [
+        (state, "damping"),
+        *((state.judge_state, n) for n in ("avg_value", "avg_deviation", "best_value")),
+    ]:
+        np.testing.assert_allclose(
+            getattr(part, name), getattr(expected, name), rtol=1e-5, err_msg=name
+        )
+    for history, window in zip(
+        state.judge_state.history.values,
+        (expected.loss_history, expected.norm_history),
+        strict=True,
+    ):
+        np.testing.assert_allclose(history, window.values, rtol=1e-5)
+    micro, micro_expected = state.inner_state[0], expected.inner.links[0]
+    assert micro.micro_count == micro_expected.micro_count
+    np.testing.assert_allclose(micro.mu, micro_expected.mu, rtol=1e-5)
+    np.testing.assert_allclose(micro.nu, micro_expected.nu, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_windows_of_a_million_steps_are_those_of_the_reference():
+    rng = np.random.default_rng(0)
+    trend = 2.0 + np.cumsum(rng.choice([-1e-3, 1e-3], NUM_STEPS // 500)).repeat(500)
+    losses = (trend + 0.1 * rng.standard_normal(NUM_STEPS)).astype(np.float32)
+    losses[rng.random(NUM_STEPS) < 0.01] = np.nan
+    tx = lo.scale_by_macro_rate()
+
+    def step(state, loss):
+        _, state = tx.update(jnp.ones(1), state, value=loss)
+        return state, state.macro_rate
+
+    state, rates = jax.jit(lambda x: jax.lax.scan(step, tx.init(jnp.ones(1)), x))(
+        losses
+    )
+    macro = reference.MacroRate()
+    one = np.ones(1)
+    wanted = np.array([macro.update(one, one, x)[0] for x in losses.tolist()])
+    is_open = np.isfinite(losses)  # at the others, the reference tells nothing
+    np.testing.assert_allclose(rates[is_open], wanted[is_open], rtol=1e-3)
+    for name in ("num_macro_steps", "num_windows", "num_macro_held"):
+        assert getattr(state, name) == getattr(macro, name)
+    assert state.window_count == len(macro.window)
+    for name in ("last", "best"):
+        for what, rtol in (("mean", 1e-5), ("variance", 1e-4)):
+            name_of_it = f"{name}_window_{what}"
+            np.testing.assert_allclose(
+                getattr(state, name_of_it), getattr(macro, name_of_it), rtol=rtol
+            )
+
+
+def with_counts(state):
+    """Returns the state with all its counters three below the largest int32."""
+    counts = jnp.full_like(state.scalars.counts, LAST - 3)
+    return state._replace(scalars=state.scalars._replace(counts=counts))
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("verdict", Verdict)
+def test_counters_stay_at_the_largest_int32(search, verdict):
+    tx = lo.lalerg(1e-2, search=search)
+    params = jnp.ones(SIZE)
+    state = tx.init(params)
+    update = jax.jit(lambda s, p, x: tx.update(jnp.ones(SIZE), s, p, value=x))
+    for _ in range(20):
+        updates, state = update(state, params, 1.0)
+        params = optax.apply_updates(params, updates)
+    micro, decay, macro, rate = state.inner_state
+    late = jnp.int32(LAST - 3)
+    micro = micro._replace(micro_count=late, num_micro_held=late)
+    macro = with_counts(macro)
+    state = with_counts(state)
+    state = state._replace(inner_state=(micro, decay, macro, rate))
+    before = unpack(RegulatorScalars, state.scalars)
+    for t in range(8):
+        loss = 1.0
+        if verdict == Verdict.SKIP:
+            loss = jnp.nan
+        elif verdict == Verdict.REVERT:
+            loss = [1.0, jnp.nan, jnp.nan, 1.0][t % 4]
+        updates, state = update(state, params, loss)
+        assert all_finite((updates, state))
+        params = lo.apply_updates(params, updates, state)
+        micro, _, macro, _ = state.inner_state
+        counts = [
+            *state.scalars.counts[1:],
+            *macro.scalars.counts,
+            micro.micro_count,
+            micro.num_micro_held,
+        ]
+        assert min(counts) >= 0, "none has become negative"
+    assert before.num_accepted == LAST - 3
+    counter = {
+        Verdict.ACCEPT: "num_accepted",
+        Verdict.SKIP: "num_skipped",
+        Verdict.REVERT: "num_reverted",
+    }[verdict]
+    assert getattr(state, counter) == LAST
+
+
+def test_a_window_without_losses_that_never_ends_stays_finite():
+    tx = lo.scale_by_macro_rate()
+    state = tx.init(jnp.ones(1))
+    state = with_counts(state)
+    for _ in range(8):
+        updates, state = tx.update(jnp.ones(1), state, value=None)
+        assert all_finite((updates, state))
+        assert state.window_count >= LAST - 3
+
+
+def test_a_window_of_huge_losses_that_never_ends_stays_finite():
+    tx, params = lo.lalerg(1e-2), jnp.ones(SIZE)
+    state = tx.init(params)
+    micro, decay, macro, rate = state.inner_state
+    known = unpack(MacroScalars, macro.scalars)
+    late = known._replace(
+        window_count=jnp.int32(10**6), window_sum_of_squares=jnp.float32(3.40282e38)
+    )
+    macro = lo.ScaleByMacroRateState(pack(late))
+    state = state._replace(inner_state=(micro, decay, macro, rate))
+    for t in range(20):  # without a gradient there is nothing to look back with
+        loss = jnp.float32((-1.0) ** t * 1e16)
+        _, state = tx.update(jnp.zeros(SIZE), state, params, value=loss)
+        assert all_finite(state)
+    assert state.inner_state[2].window_count == 10**6 + 20
