@@ -63,7 +63,8 @@ def adopt(
     Args:
       tx: the optimizer that goes on.
       params: the current params.
-      opt_state: the current state of the optimizer before.
+      opt_state: the current state of the optimizer before; a checkpoint has to be
+        restored as what it is first (into ``optax.adamw(...).init(params)``, say).
 
     Returns:
       A state with the tree, shapes and dtypes of ``tx.init(params)``.
