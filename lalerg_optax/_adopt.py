@@ -37,11 +37,12 @@ def adopt(
 
     so that, as long as there is nothing to object to, the next step is the one that
     the old optimizer would have taken, if both have the same hyperparameters
-    (``b1``, ``b2``, ``eps``, ``weight_decay``: none of them is in the state).
+    (``b1``, ``b2``, ``eps``, ``nesterov``, ``weight_decay``: the state has none).
     States are paired in the order of the chains, whatever they are nested in:
 
     * States of the same type: ``error_regulate(inner)`` takes any ``inner`` over
-      whole, and two protected optimizers share history, anchor and rates.
+      whole, and from one protected optimizer to another history, anchor and rates are
+      kept, too.
     * Moments and count of Adam (``optax.scale_by_adam``) and of
       `scale_by_micro_rate` are the same ones. Dtypes become those of ``tx``.
     * A schedule that is new begins at the count of the moments.

@@ -10,7 +10,7 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    signal.alarm(240)  # whoever is left alone in a collective would wait for ever
+    signal.alarm(360)  # whoever is left alone in a collective would wait for ever
     process, num_processes, port = map(int, sys.argv[1:4])
     os.environ["XLA_FLAGS"] = (
         f"--xla_force_host_platform_device_count={8 // num_processes}"
@@ -40,7 +40,7 @@ def train(layout, data):
 
 if __name__ == "__main__":
     jax.distributed.initialize(
-        f"127.0.0.1:{port}", num_processes, process, initialization_timeout=60
+        f"127.0.0.1:{port}", num_processes, process, initialization_timeout=180
     )
     assert (jax.process_count(), jax.device_count()) == (num_processes, 8)
     # only the last process is fed the row that is poisoned

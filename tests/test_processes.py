@@ -36,7 +36,7 @@ def train_joined(layout):
         for i in range(NUM_PROCESSES)
     ]
     try:
-        outputs = [process.communicate(timeout=300) for process in processes]
+        outputs = [process.communicate(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()
