@@ -1,5 +1,6 @@
 """Two-Level Adaptive Learning with Error-Regulated Gradient, for Optax."""
 
+from ._adopt import adopt as adopt
 from ._apply import apply_updates as apply_updates
 from ._history import LossHistory as LossHistory
 from ._judge import Verdict as Verdict

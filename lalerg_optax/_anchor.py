@@ -128,7 +128,11 @@ def global_norm(tree: PyTree) -> jax.Array:
 
 
 def look_back(
-    grads: PyTree, grad_norm: jax.Array, anchor: PyTree, params: PyTree
+    grads: PyTree,
+    grad_norm: jax.Array,
+    anchor: PyTree,
+    params: PyTree,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Looks back at the anchor.
 
@@ -140,6 +144,9 @@ def look_back(
     significance is ``<g, a - p> / |g * (a - p)|``, the norm that of the products of the
     entries: how many times further from zero than if their signs were independent. It
     is that of a certain alignment where those products squared are no float32.
+
+    With mapped axes all three are averages over devices. For gradients that are the
+    same on all of them, this changes nothing.
     """
     anchor = _on_device(anchor)
     # Both ends of the way as the anchor sees them. What a step of less than the
@@ -155,6 +162,8 @@ def look_back(
         lambda g, a, p: lax.square(g * (a - p)),
         *lax.optimization_barrier((grads, anchor, params)),
     )
+    if axis_name is not None:
+        product, square, noise = lax.pmean((product, square, noise), axis_name)
     length = grad_norm * jnp.sqrt(square)
     cosine = jnp.where(length > 0.0, product / length, 0.0)
     # where squares over- or underflow, nothing speaks against the alignment

@@ -84,6 +84,32 @@ class ScaleByMacroRateState(NamedTuple):
         return read(MacroScalars, self.scalars, name)
 
 
+def under_way(
+    state: ScaleByMacroRateState, num_steps: jax.typing.ArrayLike
+) -> ScaleByMacroRateState:
+    """Returns the state as it would be had the search ended at this rate.
+
+    How well steps are aligned at smaller rates was never seen. Taken for 1, than which
+    no cosine is larger, it makes for the most careful steps.
+
+    Args:
+      state: a state of `scale_by_macro_rate`.
+      num_steps: number of steps of the run so far; the more, the smaller the next ones.
+    """
+    known = unpack(MacroScalars, state.scalars)
+    return ScaleByMacroRateState(
+        pack(
+            known._replace(
+                macro_min_rate=_FLOOR * known.macro_rate,
+                is_searching=False,
+                has_improved=True,
+                best_alignment=1.0,
+                num_macro_steps=num_steps,
+            )
+        )
+    )
+
+
 def scale_by_macro_rate(
     *,
     search: bool = True,

@@ -128,7 +128,7 @@ class _Look(NamedTuple):
 
 
 # jit: outside of a jitted step, a conditional would be compiled anew at every call
-@functools.partial(jax.jit, static_argnames="audit", inline=True)
+@functools.partial(jax.jit, static_argnames=("audit", "axis_name"), inline=True)
 def _move_anchor(
     is_due: jax.Array,
     is_started: jax.Array,
@@ -139,6 +139,7 @@ def _move_anchor(
     grad_norm: jax.Array,
     *,
     audit: bool,
+    axis_name: str | tuple[str, ...] | None,
 ) -> tuple[optax.Params, _Look, JudgeState]:
     """Where that is due, looks back at the anchor and moves it to the params.
 
@@ -160,7 +161,7 @@ def _move_anchor(
         seen, judged, is_moved = _Look(), judge_state.scalars, is_healthy
         if audit:
             is_seen, alignment, significance = look_back(
-                grads, grad_norm, state.anchor, params
+                grads, grad_norm, state.anchor, params, axis_name
             )
             # Before the first good audit, one that says nothing is none: the next
             # step looks again, until all that was seen together says something.
@@ -318,9 +319,11 @@ def error_regulate(
       anchor_memory: ``"device"``, or ``"pinned_host"`` to keep the anchor in the
         memory of the host. It then crosses over when it moves and when params go back
         to it, and a step needs room for one more copy of the params while it runs.
-      axis_name: name of the mapped axes (``shard_map``, ``pmap``) over which value
-        and norm are averaged, so that all devices decide alike. Not needed under
-        plain ``jit`` with sharded arrays.
+      axis_name: name of the mapped axes (``shard_map``, ``pmap``) over which value,
+        norm and what a look back tells are averaged, so that all devices decide alike.
+        Gradients are not: average them before (``jax.lax.pmean``) or in a link of
+        ``inner``, or replicated params will drift apart. Not needed under plain
+        ``jit`` with sharded arrays.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the
@@ -428,6 +431,7 @@ def error_regulate(
             updates,
             grad_norm,
             audit=audit,
+            axis_name=axis_name,
         )
         judgement = unpack(Judgement, judge_state.scalars)
         report = None

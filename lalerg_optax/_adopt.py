@@ -1,0 +1,236 @@
+"""adopt: a run that is under way goes on under another optimizer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._macro import ScaleByMacroRateState, under_way
+from ._micro import ScaleByMicroRateState
+from ._regulate import ErrorRegulateState, RegulatorScalars
+from ._scalars import pack, unpack
+
+# what may have no counterpart on the other side, and is begun anew or left behind
+_OPTIONAL = (ErrorRegulateState, ScaleByMacroRateState, optax.ScaleByScheduleState)
+
+
+def adopt(
+    tx: optax.GradientTransformation, params: optax.Params, opt_state: optax.OptState
+) -> optax.OptState:
+    r"""Returns a state of ``tx`` that goes on where another optimizer is.
+
+    A run of ``optax.adamw`` becomes a protected one, and back:
+
+    ::
+
+        opt_state = adopt(lalerg(schedule, search=False), params, adamw_state)
+        opt_state = adopt(error_regulate(optax.adamw(schedule)), params, adamw_state)
+        adamw_state = adopt(optax.adamw(schedule), params, opt_state)
+
+    With :math:`s = tx.init(params)` and the state :math:`o` that is given, the state
+    is that of ``tx`` with all that both hold,
+
+    .. math::
+
+        s[\mu, \nu, t, counts, \ldots] \leftarrow o[\mu, \nu, t, counts, \ldots]
+
+    so that, as long as there is nothing to object to, the next step is the one that
+    the old optimizer would have taken, if both have the same hyperparameters
+    (``b1``, ``b2``, ``eps``, ``nesterov``, ``weight_decay``: the state has none).
+    States are paired in the order of the chains, whatever they are nested in:
+
+    * States of the same type: ``error_regulate(inner)`` takes any ``inner`` over
+      whole, and from one protected optimizer to another history, anchor and rates are
+      kept, too.
+    * Moments and count of Adam (``optax.scale_by_adam``) and of
+      `scale_by_micro_rate` are the same ones. Dtypes become those of ``tx``.
+    * A schedule that is new begins at the count of the moments.
+    * A regulator that is new has seen nothing: it judges gradient norms from its second
+      step on and losses from the 17th, and its anchor is ``params``. Its first audit
+      counts as passed, so that no revert goes back to the start of the run, of which
+      it knows nothing, and none wipes the moments out.
+    * A macro level that is new has found its rate, :math:`r = 1`, :math:`t` steps lie
+      behind it, and the best alignment is taken for 1: with ``search=True`` it does
+      not leap but steers on in small steps. ``search=False`` leaves the rate alone,
+      and is what a run wants whose rate was right.
+
+    On the way back what is left behind are the factors of the learning rate,
+    ``macro_rate`` and ``damping`` (`metrics`): where they are not 1, multiply the
+    learning rate by them.
+
+    Can be jitted. Without, what is taken over shares its buffers with ``opt_state``.
+
+    Args:
+      tx: the optimizer that goes on.
+      params: the current params.
+      opt_state: the current state of the optimizer before; a checkpoint has to be
+        restored as what it is first (into ``optax.adamw(...).init(params)``, say).
+
+    Returns:
+      A state with the tree, shapes and dtypes of ``tx.init(params)``.
+
+    Raises:
+      ValueError: if a state of either side has no counterpart on the other (``lalerg``
+        has no place for the trace of momentum, say, unless it is its ``micro``), or
+        if the shapes are those of other params.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> params, grads = jnp.array([1.0, -2.0]), jnp.array([0.3, 0.1])
+      >>> adamw = optax.adamw(1e-3, b2=0.999)
+      >>> _, state = adamw.update(grads, adamw.init(params), params)
+      >>> tx = lo.lalerg(1e-3, b2=0.999, search=False)
+      >>> protected = lo.adopt(tx, params, state)
+      >>> int(optax.tree.get(protected, "micro_count"))
+      1
+      >>> updates, _ = tx.update(grads, protected, params, value=0.5)
+      >>> expected, _ = adamw.update(grads, state, params)
+      >>> bool(jnp.allclose(updates, expected, rtol=1e-5))
+      True
+      >>> int(optax.tree.get(lo.adopt(adamw, params, protected), "count"))
+      1
+    """
+    return _take_over(tx.init(params), opt_state)
+
+
+def _take_over(new: Any, old: Any) -> Any:
+    """Returns ``new`` with all that ``old`` holds of it."""
+    if _tree(new) == _tree(old):
+        return jax.tree.map(_fit, new, old)
+    if isinstance(new, dict) and isinstance(old, dict) and new.keys() == old.keys():
+        return {name: _take_over(new[name], old[name]) for name in new}
+    if _is_wrapper(new) and type(new) is type(old):
+        pairs = zip(new._fields, new, old, strict=True)
+        return type(new)(
+            *(
+                _shared(n, o) if "hyper" in name else _take_over(n, o)
+                for name, n, o in pairs
+            )
+        )
+    if not (isinstance(new, tuple) and isinstance(old, tuple)):
+        return _same(new, old)  # which they are not
+    parts = _parts(old)
+    taken = _fill(new, parts, _num_steps(parts))
+    lost = [type(part).__name__ for part in parts if not isinstance(part, _OPTIONAL)]
+    if lost:
+        raise ValueError(f"the new optimizer has no place for {', '.join(lost)}.")
+    return taken
+
+
+def _tree(node: Any) -> Any:
+    return jax.tree.structure(node)
+
+
+def _shared(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Returns the hyperparameters of ``inject_hyperparams``: those of both are kept."""
+    return {k: _take_over(v, old[k]) if k in old else v for k, v in new.items()}
+
+
+def _fit(new: Any, old: Any) -> Any:
+    """Returns an array of the old state with the dtype and memory of the new."""
+    if jnp.shape(new) != jnp.shape(old):
+        raise ValueError(
+            "opt_state is that of other params: where it has the shape "
+            f"{jnp.shape(old)}, the new one has {jnp.shape(new)}."
+        )
+    dtype = jnp.result_type(new)
+    if jnp.iscomplexobj(old) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        old = old.real
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        old = jnp.asarray(old, dtype)
+    space = jax.typeof(new).memory_space
+    is_there = jax.typeof(old).memory_space == space
+    return old if is_there else jax.device_put(old, space)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "_fields")
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState | ScaleByMicroRateState)
+
+
+def _is_wrapper(node: Any) -> bool:
+    is_own = isinstance(node, ErrorRegulateState) or _is_adam(node)
+    return _is_state(node) and not is_own
+
+
+def _parts(state: Any) -> list[Any]:
+    """Returns the states in a chain, at any depth, in their order."""
+    if isinstance(state, ErrorRegulateState):
+        return [state, *_parts(state.inner_state)]
+    if isinstance(state, tuple) and not _is_state(state):
+        return [part for link in state for part in _parts(link)]
+    return [state] if jax.tree.leaves(state) else []
+
+
+def _count_name(state: Any) -> str:
+    return "micro_count" if isinstance(state, ScaleByMicroRateState) else "count"
+
+
+def _num_steps(parts: list[Any]) -> jax.Array | None:
+    counts = [getattr(part, _count_name(part)) for part in parts if _is_adam(part)]
+    return counts[0] if counts else None
+
+
+def _fill(new: Any, parts: list[Any], num_steps: jax.Array | None) -> Any:
+    """Returns ``new`` with the parts that belong there, which it takes out."""
+    if isinstance(new, tuple) and not _is_state(new):
+        return tuple(_fill(link, parts, num_steps) for link in new)
+    if not jax.tree.leaves(new):
+        return new
+
+    def is_counterpart(part: Any) -> bool:
+        return type(part) is type(new) or (_is_adam(part) and _is_adam(new))
+
+    index = next((i for i, part in enumerate(parts) if is_counterpart(part)), None)
+    part = None if index is None else parts.pop(index)
+    if isinstance(new, ErrorRegulateState):
+        inner_state = _fill(new.inner_state, parts, num_steps)
+        return _regulated(new, part)._replace(inner_state=inner_state)
+    if part is None:
+        return _begun(new, num_steps)
+    if not _is_adam(new):
+        return _take_over(new, part)
+    return _same(new, part) if type(part) is type(new) else _moments(new, part)
+
+
+def _moments(new: Any, old: Any) -> Any:
+    count = _fit(getattr(new, _count_name(new)), getattr(old, _count_name(old)))
+    return new._replace(
+        mu=_same(new.mu, old.mu), nu=_same(new.nu, old.nu), **{_count_name(new): count}
+    )
+
+
+def _same(new: Any, old: Any) -> Any:
+    if _tree(new) != _tree(old):
+        raise ValueError(
+            f"opt_state is that of other params: where it has {_tree(old)}, the new "
+            f"one has {_tree(new)}."
+        )
+    return jax.tree.map(_fit, new, old)
+
+
+def _regulated(new: ErrorRegulateState, old: Any) -> ErrorRegulateState:
+    """Returns a regulator that does not take the run for one that begins."""
+    if old is not None:
+        new = new._replace(
+            scalars=_same(new.scalars, old.scalars),
+            judge_state=_same(new.judge_state, old.judge_state),
+            anchor=_same(new.anchor, old.anchor),
+        )
+    scalars = unpack(RegulatorScalars, new.scalars)
+    passed = jnp.maximum(scalars.num_audits_passed, 1)
+    return new._replace(scalars=pack(scalars._replace(num_audits_passed=passed)))
+
+
+def _begun(new: Any, num_steps: jax.Array | None) -> Any:
+    """Returns a state without a counterpart as it is after that many steps."""
+    steps = jnp.zeros((), jnp.int32) if num_steps is None else num_steps
+    if isinstance(new, ScaleByMacroRateState):
+        return under_way(new, steps)
+    if isinstance(new, optax.ScaleByScheduleState):
+        return new._replace(count=_fit(new.count, steps))
+    raise ValueError(f"opt_state has nothing for {type(new).__name__}.")
