@@ -158,6 +158,24 @@ LALERG = Optimizer(
     "linear decay to zero",
     final=seen,
 )
+ABLATIONS = (
+    LALERG._replace(
+        name="lalerg with Adam's rule",
+        group="ablation",
+        make=lambda rate, n: lo.lalerg(
+            linear(rate, n), b2=0.999, gradient_share=0.0, weight_decay=WEIGHT_DECAY
+        ),
+        note="b2=0.999, gradient_share=0, linear decay to zero",
+    ),
+    LALERG._replace(
+        name="lalerg without search",
+        group="ablation",
+        make=lambda rate, n: lo.lalerg(
+            linear(rate, n), search=False, weight_decay=WEIGHT_DECAY
+        ),
+        note="search=False, linear decay to zero",
+    ),
+)
 TUNED = LALERG._replace(
     name="lalerg, tuned rate", group="tuned", rates=lambda tuned: (tuned,)
 )
@@ -304,6 +322,7 @@ CONSTANTS: dict[str, tuple[Any, str, tuple[Any, Any]]] = {
     "backoff_factor": (lo.scale_by_macro_rate, "backoff_factor", (0.707, 0.25)),
     "good_alignment": (lo.scale_by_macro_rate, "good_alignment", (0.125, 0.5)),
     "exponent of a new best loss": (_macro, "_GAIN", (0.25, 1.0)),
+    "largest exponent": (_macro, "_BOLDEST", (1.0, 4.0)),
     "share of the run": (_macro, "_SHARE", (1 / 16, 1 / 4)),
     "decay of the alignment": (_macro, "_ALIGNMENT_DECAY", (0.0, 0.75)),
     "standard errors": (_macro, "_STANDARD_ERRORS", (1.0, 4.0)),
@@ -313,9 +332,15 @@ CONSTANTS: dict[str, tuple[Any, str, tuple[Any, Any]]] = {
     "significance": (_regulate, "_CLEAR", (0.5, 2.0)),
     "threshold": (lo.lalerg, "threshold", (3.0, 12.0)),
     "anchor_every": (lo.lalerg, "anchor_every", (16, 64)),
+    "b1": (lo.lalerg, "b1", (0.8, 0.95)),
+    "b2": (lo.lalerg, "b2", (0.98, 0.995)),
+    "gradient_share": (lo.lalerg, "gradient_share", (0.2, 0.8)),
 }
-# cheap ones; constants were chosen on them
-CONSTANTS_TASKS = ("logistic", "regression")
+# cheap ones; constants were chosen on the first four
+CONSTANTS_TASKS = (
+    *("logistic", "regression", "factorization", "autoencoder"),
+    *("photo", "words"),
+)
 
 
 def variants() -> list[Optimizer]:
@@ -352,6 +377,7 @@ def in_force(changed: tuple[Any, str, Any] | None) -> Iterator[None]:
 ROWS = (
     *PEERS,
     LALERG,
+    *ABLATIONS,
     TUNED,
     DEFAULT,
     *(
@@ -715,7 +741,7 @@ def report(results: Results) -> str:
         "",
         "## All optimizers",
         "",
-        *summary_table(results, ("peers", "lalerg")),
+        *summary_table(results, ("peers", "lalerg", "ablation")),
     ]
     if "lalerg" in groups:
         lines += [

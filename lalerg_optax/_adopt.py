@@ -37,7 +37,8 @@ def adopt(
 
     so that, as long as there is nothing to object to, the next step is the one that
     the old optimizer would have taken, if both have the same hyperparameters
-    (``b1``, ``b2``, ``eps``, ``nesterov``, ``weight_decay``: the state has none).
+    (``b1``, ``b2``, ``eps``, ``weight_decay``; ``gradient_share=0`` where the other is
+    Adam: the state has none).
     States are paired in the order of the chains, whatever they are nested in:
 
     * States of the same type: ``error_regulate(inner)`` takes any ``inner`` over
@@ -80,7 +81,7 @@ def adopt(
       >>> params, grads = jnp.array([1.0, -2.0]), jnp.array([0.3, 0.1])
       >>> adamw = optax.adamw(1e-3, b2=0.999)
       >>> _, state = adamw.update(grads, adamw.init(params), params)
-      >>> tx = lo.lalerg(1e-3, b2=0.999, search=False)
+      >>> tx = lo.lalerg(1e-3, b2=0.999, gradient_share=0, search=False)
       >>> protected = lo.adopt(tx, params, state)
       >>> int(optax.tree.get(protected, "micro_count"))
       1

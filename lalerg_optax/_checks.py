@@ -20,17 +20,21 @@ def check_range(
 ) -> None:
     """Raises a ValueError unless ``value`` lies between ``low`` and ``high``.
 
-    An array or a tracer passes: that is how ``optax.inject_hyperparams`` hands a
-    hyperparameter in, and it may have no value yet.
+    It has to lie there in float32, too, which is what steps are computed in. An array
+    or a tracer passes: that is how ``optax.inject_hyperparams`` hands a hyperparameter
+    in, and it may have no value yet.
     """
     if isinstance(value, jax.Array):
         return
     if not isinstance(value, int | float | np.number | np.ndarray):
         raise ValueError(f"{name} must be a number, got {name} = {value!r}.")
     high_open = high_open or math.isinf(high)
-    above = value > low if low_open else value >= low
-    below = value < high if high_open else value <= high
-    if not (above and below):  # a NaN is neither
+    with np.errstate(over="ignore", under="ignore"):
+        stored = np.float32(value)
+    # a NaN is neither above nor below
+    above = all(x > low if low_open else x >= low for x in (value, stored))
+    below = all(x < high if high_open else x <= high for x in (value, stored))
+    if not (above and below):
         left, right = "(" if low_open else "[", ")" if high_open else "]"
         raise ValueError(
             f"{name} must be in the range {left}{low}, {high}{right}, got "
@@ -78,7 +82,8 @@ def as_loss(value: jax.typing.ArrayLike | None) -> jax.Array | None:
 def _difference(tree: Any, model: Any) -> str | None:
     """Returns the first thing in which a tree is not like its model, in words."""
     leaves, wanted = jax.tree.leaves(tree), jax.tree.leaves(model)
-    is_same_tree = jax.tree.structure(tree) == jax.tree.structure(model)
+    structure: Any = jax.tree.structure(tree)
+    is_same_tree = structure == jax.tree.structure(model)
     if is_same_tree and [*map(jnp.shape, leaves)] == [*map(jnp.shape, wanted)]:
         return None
     found, sought = _shapes(tree), _shapes(model)

@@ -19,6 +19,7 @@ _SHARE = 1.0 / 8.0  # of the run so far: an audit of fewer steps moves the rate 
 _SHALLOW, _DEEP = 1.0, 4.0  # powers of the backoff factor: a cut, a cut in the dark
 _FIRST = 2.0  # half as deep: a start that was good at once may be right
 _GAIN = 0.5  # exponent of a growth that the loss alone speaks for
+_BOLDEST = 2.0  # exponent of the largest growth: hardly more than a cut takes
 _FLOOR = 1.0 / 8.0  # of the rate that was found: reverts cut no further
 _BLIND_LEAP = 0.5  # the share of a leap to dare where no alignment is known
 _LARGEST_LOSS = 1e16  # its square, times the length of most windows, is a float32
@@ -30,6 +31,8 @@ class MacroScalars(NamedTuple):
     Attributes:
       macro_rate: factor of the updates, in [2^-40, 2^40], float32.
       macro_min_rate: what a REVERT may not undershoot, float32.
+      macro_growth: how fast the rate may grow once the search is over, in (0, 1],
+        float32.
       is_searching: whether the rate still grows by leaps, bool.
       has_improved: whether an audit was ever good, bool.
       has_failed: whether the run had to go back to its start, bool.
@@ -51,6 +54,7 @@ class MacroScalars(NamedTuple):
 
     macro_rate: Any = 1.0
     macro_min_rate: Any = 1.0 / _MAX_RATE
+    macro_growth: Any = 1.0
     is_searching: Any = True
     has_improved: Any = False
     has_failed: Any = False
@@ -158,14 +162,17 @@ def scale_by_macro_rate(
             \min(\rho / good\_alignment, 0) & b = 0
         \end{cases}
 
-    but :math:`e \ge -1`, and :math:`e \ge 0` unless ``anneal`` is set or the mean loss
-    is more than 2 standard errors above the lowest. So the rate grows while that pays,
+    but :math:`-1 \le e \le 2`, and :math:`e \ge 0` unless ``anneal`` is set or the mean
+    loss is more than 2 standard errors above the lowest. So the rate grows while that pays,
     and stays where the steps swing across the valley; the weight :math:`w` makes this
     a matter of the relative length of the run, not of its number of steps. A REVERT
-    halves the rate (:math:`backoff`), though not below 1/8 of what the search found;
-    it counts once for its two steps, and never ends the search. An alignment of
-    exactly 0 (params have not moved at all) is neither good nor bad and leaves
-    :math:`\rho` as it is, which is 1 as long as no alignment is known.
+    halves the rate (:math:`backoff`), though not below 1/8 of what the search found.
+    Once the search is over it also halves every positive :math:`e` from then on, so
+    that a rate that grows until it fails does so only a few times; each audit makes
+    :math:`backoff^{-n / t}` of it good. A REVERT counts once for its two steps, and
+    never ends the search. An alignment of exactly 0 (params have not moved at all) is
+    neither good nor bad and leaves :math:`\rho` as it is, which is 1 as long as no
+    alignment is known.
 
     Alone, or with a regulator that takes no audits, one falls due every
     ``audit_every`` accepted steps and compares the mean loss of this window with that
@@ -174,7 +181,8 @@ def scale_by_macro_rate(
     :math:`r \leftarrow backoff^4 \cdot r`, and the search goes on. While it does
     neither, :math:`\rho = 1/2`; the first good audit ends the search where it is,
     because there is no way back from a rate that is too bold. Afterwards
-    :math:`\rho = 0`.
+    :math:`\rho = -good\_alignment` where the mean loss is more than 2 standard errors
+    above the lowest, and 0 elsewhere.
 
     A step that is not accepted, or alone one with a loss or an update that is not
     finite, gives a zero update; a SKIP leaves rate and window as they were, a REVERT
@@ -324,11 +332,16 @@ def scale_by_macro_rate(
     ) -> MacroScalars:
         """After the search: small steps, by the loss and by where the slope leads."""
         power = jnp.where(is_best, _GAIN + tilt, jnp.minimum(tilt, 0.0))
+        power = jnp.minimum(power, _BOLDEST)
         may_fall = True if anneal else is_worse
         power = jnp.maximum(power, jnp.where(may_fall, -1.0, 0.0))
-        share = state.window_count / (_SHARE * jnp.maximum(state.num_macro_steps, 1))
-        factor = slow_growth_factor ** (power * jnp.minimum(share, 1.0))
-        return state._replace(macro_rate=clipped(state.macro_rate * factor))
+        power = jnp.minimum(power, state.macro_growth * power)  # of growth alone
+        share = state.window_count / jnp.maximum(state.num_macro_steps, 1)
+        factor = slow_growth_factor ** (power * jnp.minimum(share / _SHARE, 1.0))
+        return state._replace(
+            macro_rate=clipped(state.macro_rate * factor),
+            macro_growth=jnp.minimum(state.macro_growth * backoff_factor**-share, 1.0),
+        )
 
     def cut(state: MacroScalars) -> MacroScalars:
         """A REVERT."""
@@ -336,6 +349,8 @@ def scale_by_macro_rate(
         floor = jnp.minimum(state.macro_rate, state.macro_min_rate)
         return start_window(state)._replace(
             macro_rate=jnp.maximum(state.macro_rate * backoff_factor**depth, floor),
+            macro_growth=state.macro_growth
+            * jnp.where(state.is_searching, 1.0, backoff_factor),
             has_failed=state.has_failed | ~state.has_improved,
         )
 
@@ -365,6 +380,9 @@ def scale_by_macro_rate(
         is_first = seen.num_windows == 0
         is_best = (is_first | (rise < 0.0)) & has_value
         is_worse = ~is_first & (rise > margin) & has_value
+        if audit is None:  # a loss that is clearly above its best is all that is known
+            tells = ~seen.is_searching & is_worse
+            boldness = jnp.where(tells, -good_alignment, boldness)
         audited = choose(
             seen.is_searching,
             leap(audited, boldness, is_good, is_bad, is_found),

@@ -52,10 +52,11 @@ def scale_by_micro_rate(
 
     which is Adam's rule with quasi-hyperbolic momentum: Adam itself for :math:`s = 0`,
     close to NAdam for :math:`s = 1 - b_1`, and RMSProp with bias correction for
-    :math:`s = 1`. What is added to it is the gate: a step that is not accepted leaves :math:`\mu`, :math:`\nu` and :math:`t` bit for bit as they were
-    and gives a zero update. Inside `error_regulate` the regulator's verdict is the
-    gate. Alone, the gate is whether the squared global norm of the gradient is
-    finite in float32, so that no NaN, infinity or overflow ever gets into the state.
+    :math:`s = 1`. What is added to it is the gate: a step that is not accepted leaves
+    :math:`\mu`, :math:`\nu` and :math:`t` bit for bit as they were and gives a zero
+    update. Inside `error_regulate` the regulator's verdict is the gate. Alone, the gate
+    is whether the squared global norm of the gradient is finite in float32, so that no
+    NaN, infinity or overflow ever gets into the state.
 
     On a REVERT :math:`\mu` is set to zero, because momentum belongs to the path that
     was left; :math:`\nu` stays, because the scale of the gradients does not. Where

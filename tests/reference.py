@@ -103,6 +103,7 @@ class MacroRate:
         self.audit_every = audit_every
         self.macro_rate = 1.0
         self.macro_min_rate = 1.0 / MAX_RATE
+        self.macro_growth = 1.0
         self.is_searching = search
         self.has_improved = not search  # without a search there is nothing to find
         self.has_failed = False
@@ -160,7 +161,7 @@ class MacroRate:
         if self.num_windows == 0:
             return  # the first window is what the second is compared with
         if not self.is_searching:
-            self.steer(0.0, has_value=True)
+            self.steer(-self.good_alignment if self.is_worse() else 0.0, True)
             return
         mean, variance = self.mean_and_variance()
         margin = 2.0 * math.sqrt(variance + self.last_window_variance)
@@ -210,17 +211,24 @@ class MacroRate:
         self.macro_rate = min(max(factor * self.macro_rate, 1 / MAX_RATE), MAX_RATE)
 
     def steer(self, rho, has_value):
-        mean, variance = self.mean_and_variance()
-        rise = mean - self.best_window_mean
-        margin = 2.0 * math.sqrt(variance + self.best_window_variance)
-        is_first = self.num_windows == 0
+        mean, _ = self.mean_and_variance()
         tilt = rho / self.good_alignment
-        is_best = has_value and (is_first or rise < 0.0)
-        power = 0.5 + tilt if is_best else min(tilt, 0.0)
-        is_worse = has_value and not is_first and rise > margin
-        power = max(power, -1.0 if self.anneal or is_worse else 0.0)
-        weight = min(1.0, 8.0 * len(self.window) / self.num_macro_steps)
-        self.scale(self.slow_growth_factor ** (weight * power))
+        is_best = self.num_windows == 0 or mean < self.best_window_mean
+        power = 0.5 + tilt if has_value and is_best else min(tilt, 0.0)
+        may_fall = self.anneal or (has_value and self.is_worse())
+        power = max(power, -1.0 if may_fall else 0.0)
+        if power > 0.0:
+            power = min(power, 2.0) * self.macro_growth
+        share = len(self.window) / self.num_macro_steps
+        self.scale(self.slow_growth_factor ** (min(1.0, 8.0 * share) * power))
+        mended = self.macro_growth * self.backoff_factor**-share
+        self.macro_growth = min(mended, 1.0)
+
+    def is_worse(self):
+        """Returns whether the mean loss is clearly above its best."""
+        mean, variance = self.mean_and_variance()
+        margin = 2.0 * math.sqrt(variance + self.best_window_variance)
+        return self.num_windows > 0 and mean - self.best_window_mean > margin
 
     def revert(self):
         power = 1 if self.has_improved else 4
@@ -228,6 +236,8 @@ class MacroRate:
         floor = min(self.macro_min_rate, self.macro_rate)  # a REVERT raises nothing
         self.macro_rate = max(lower, floor)
         self.has_failed = self.has_failed or not self.has_improved
+        if not self.is_searching:
+            self.macro_growth *= self.backoff_factor
         self.window = []
 
     def end_search(self):

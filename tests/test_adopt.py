@@ -25,12 +25,13 @@ PLAIN = {
         optax.clip_by_global_norm(0.5), optax.adamw(DECAY, **ADAMW)
     ),
 }
+SAME = {"gradient_share": 0.0, "search": False}
 LALERG = {
-    "adamw": lo.lalerg(DECAY, **ADAMW, search=False),
-    "adam": lo.lalerg(3e-3, **ADAM, weight_decay=0.0, search=False),
-    "clipped adamw": lo.lalerg(DECAY, **ADAMW, clip_norm=0.5, search=False),
+    "adamw": lo.lalerg(DECAY, **ADAMW, **SAME),
+    "adam": lo.lalerg(3e-3, **ADAM, weight_decay=0.0, **SAME),
+    "clipped adamw": lo.lalerg(DECAY, **ADAMW, **SAME, clip_norm=0.5),
 }
-SEARCHING = lo.lalerg(DECAY, **ADAMW)
+SEARCHING = lo.lalerg(DECAY, **ADAMW, gradient_share=0.0)
 
 
 @functools.cache

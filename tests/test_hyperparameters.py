@@ -22,12 +22,12 @@ flat_regulator = functools.partial(lo.error_regulate, None)
 # factory, hyperparameter, its range, good values at the edge, bad ones beyond it
 RANGES = [
     (lo.lalerg, "learning_rate", "[0.0, inf)", [0.0, 100], [-1e-3]),
-    (lo.lalerg, "b1", "[0.0, 1.0)", [0.0, 0, 0.999], [-0.1, 1.0, 1, 2.0]),
+    (lo.lalerg, "b1", "[0.0, 1.0)", [0.0, 0, 0.999], [-0.1, 1.0, 1, 2.0, 1 - 1e-9]),
     (lo.lalerg, "b2", "[0.0, 1.0)", [0.0, 0.9999], [-0.1, 1.0, 1, 2.0]),
     (lo.lalerg, "eps", "[0.0, inf)", [0.0, 1], [-1e-8]),
     (lo.lalerg, "gradient_share", "[0.0, 1.0]", [0.0, 1, 0.5], [-0.1, 1.1, 2]),
     (lo.lalerg, "weight_decay", "[0.0, inf)", [0.0, 1], [-1e-4]),
-    (lo.lalerg, "clip_norm", "(0.0, inf)", [1e-6, 1], [0.0, 0, -1.0]),
+    (lo.lalerg, "clip_norm", "(0.0, inf)", [1e-6, 1], [0.0, 0, -1.0, 1e39, 1e-60]),
     (lo.lalerg, "threshold", "(0.0, inf)", [1e-6, 6], [0.0, -6.0]),
     (lo.lalerg, "anchor_every", "[1, inf)", [1, 32.0], [0, -4, 0.5]),
     (lo.scale_by_micro_rate, "b1", "[0.0, 1.0)", [0.0, 0.999], [-0.1, 1.0, 1]),
