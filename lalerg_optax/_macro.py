@@ -46,6 +46,7 @@ class MacroScalars(NamedTuple):
       best_window_mean: the lowest mean of a whole window, float32.
       best_window_variance: the variance of that mean, float32.
       window_count: number of losses in the window, int32.
+      last_macro_revert: ``num_macro_steps`` at the last REVERT, int32.
       num_macro_steps: number of losses ever taken in, int32.
       num_windows: number of windows that are complete, int32.
       num_macro_held: number of steps that left the rate as it was because the
@@ -68,6 +69,7 @@ class MacroScalars(NamedTuple):
     best_window_mean: Any = 0.0
     best_window_variance: Any = 0.0
     window_count: Any = 0
+    last_macro_revert: Any = 0
     num_macro_steps: Any = 0
     num_windows: Any = 0
     num_macro_held: Any = 0
@@ -148,7 +150,8 @@ def scale_by_macro_rate(
     :math:`r \leftarrow backoff^2 \cdot r`, and :math:`c` begins anew. If already the
     first steps led uphill, the regulator goes back to the start (REVERT),
     :math:`r \leftarrow backoff^4 \cdot r`, and so once more after the first good audit;
-    any other REVERT before a good audit does the same.
+    any other REVERT before a good audit does the same, and one after it halves
+    the rate.
 
     **Afterwards** the rate is steered in small steps. With :math:`n` the steps since
     the last audit or REVERT, :math:`t` all accepted steps so far, :math:`b = 1` if the
@@ -163,16 +166,18 @@ def scale_by_macro_rate(
         \end{cases}
 
     but :math:`-1 \le e \le 2`, and :math:`e \ge 0` unless ``anneal`` is set or the mean
-    loss is more than 2 standard errors above the lowest. So the rate grows while that pays,
-    and stays where the steps swing across the valley; the weight :math:`w` makes this
-    a matter of the relative length of the run, not of its number of steps. A REVERT
-    halves the rate (:math:`backoff`), though not below 1/8 of what the search found.
-    Once the search is over it also halves every positive :math:`e` from then on, so
-    that a rate that grows until it fails does so only a few times; each audit makes
-    :math:`backoff^{-n / t}` of it good. A REVERT counts once for its two steps, and
-    never ends the search. An alignment of exactly 0 (params have not moved at all) is
-    neither good nor bad and leaves :math:`\rho` as it is, which is 1 as long as no
-    alignment is known.
+    loss is more than 2 standard errors above the lowest. So the rate grows while that
+    pays, and stays where the steps swing across the valley; the weight :math:`w` makes
+    this a matter of the relative length of the run, not of its number of steps.
+
+    A REVERT after the search halves the rate (:math:`backoff`), though not below 1/8 of
+    what the search found, if there was another one within the last eighth of the run;
+    the first may be a fault of the data, and the regulator's damping will do. Each of
+    them also halves every positive :math:`e` to come, so that a rate that grows until
+    it fails does so only a few times; each audit makes :math:`backoff^{-n / t}` of that
+    good. A REVERT counts once for its two steps, and never ends the search. An
+    alignment of exactly 0 (params have not moved at all) is neither good nor bad and
+    leaves :math:`\rho` as it is, which is 1 as long as no alignment is known.
 
     Alone, or with a regulator that takes no audits, one falls due every
     ``audit_every`` accepted steps and compares the mean loss of this window with that
@@ -345,12 +350,16 @@ def scale_by_macro_rate(
 
     def cut(state: MacroScalars) -> MacroScalars:
         """A REVERT."""
+        steps_since = state.num_macro_steps - state.last_macro_revert
+        is_rare = ~state.is_searching & (steps_since >= _SHARE * state.num_macro_steps)
         depth = jnp.where(state.has_improved, _SHALLOW, _DEEP)
+        depth = jnp.where(is_rare, 0.0, depth)
         floor = jnp.minimum(state.macro_rate, state.macro_min_rate)
         return start_window(state)._replace(
             macro_rate=jnp.maximum(state.macro_rate * backoff_factor**depth, floor),
             macro_growth=state.macro_growth
             * jnp.where(state.is_searching, 1.0, backoff_factor),
+            last_macro_revert=state.num_macro_steps,
             has_failed=state.has_failed | ~state.has_improved,
         )
 

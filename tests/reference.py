@@ -104,6 +104,7 @@ class MacroRate:
         self.macro_rate = 1.0
         self.macro_min_rate = 1.0 / MAX_RATE
         self.macro_growth = 1.0
+        self.last_macro_revert = 0
         self.is_searching = search
         self.has_improved = not search  # without a search there is nothing to find
         self.has_failed = False
@@ -232,6 +233,10 @@ class MacroRate:
 
     def revert(self):
         power = 1 if self.has_improved else 4
+        steps_since = self.num_macro_steps - self.last_macro_revert
+        if not self.is_searching and 8 * steps_since >= self.num_macro_steps:
+            power = 0
+        self.last_macro_revert = self.num_macro_steps
         lower = self.backoff_factor**power * self.macro_rate
         floor = min(self.macro_min_rate, self.macro_rate)  # a REVERT raises nothing
         self.macro_rate = max(lower, floor)
