@@ -259,7 +259,8 @@ def error_regulate(
     **Anchor.** A copy of the params before the update of the step, made when the step
     is accepted, all errors are below 1/2, and params are at least so many accepted
     updates away from it: an eighth of all accepted so far (rounded down), at least 5
-    and at most ``anchor_every``. An entry that is not finite is not copied.
+    and at most ``anchor_every``. An entry that is not finite, or whose square is not in
+    float32, is not copied.
 
     **Audit**, if asked for: whenever the anchor is about to move, the regulator looks
     back at it with the fresh gradient, :math:`c = \langle g, a - p \rangle / (|g|
@@ -277,7 +278,7 @@ def error_regulate(
 
     **Exactness.** ``p + (a - p)`` is ``a`` up to rounding; given twice it is ``a``
     bit for bit, unless ``p`` is not finite. `apply_updates` gives ``a`` at once in
-    every case.
+    every case, and to a single entry that is not finite on every step.
 
     Two forms. *Nested*, ``error_regulate(inner)``: ``inner`` sees a zero gradient, a
     ``value`` that is always usable, and the verdict (extra argument ``verdict``,
