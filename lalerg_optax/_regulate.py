@@ -250,8 +250,11 @@ def error_regulate(
       multiplies it by ``backoff_factor ** (-1 / recovery_steps)``, up to 1. After a
       drift the averages start anew.
 
-    A finite loss or norm above what is tolerated enters its window as the largest
-    tolerated value, so that the window follows a level that is there to stay. After
+    An alarm, a finite loss or norm above what is tolerated, enters its window as the
+    value that, as the 95th percentile, would make the tolerance 1.5 times as wide (but
+    at most as what was tolerated). So the window follows a level that is there to stay,
+    but slowly: a burst of outliers, or 5 % of all batches, do not blind the judge. A
+    loss that cannot be judged yet is not recorded where the norm objects. After
     ``patience`` finite steps rejected in a row (others in between do not count)
     windows, :math:`L_1` and averages start anew and the step is accepted: at most
     ``patience + 1`` finite steps are rejected in a row, whatever the losses.
