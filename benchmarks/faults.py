@@ -675,7 +675,7 @@ def fault_table(results: Runs) -> list[str]:
         ]
         for i, fault in enumerate(FAULTS)
     ]
-    return table(["fault", *names], lines)
+    return table(["fault", *names], [line for line in lines if any(line[1:])])
 
 
 def _by_fault(results: Runs, task: str, name: str) -> np.ndarray:
