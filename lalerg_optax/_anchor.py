@@ -186,12 +186,18 @@ def _rounded(param: jax.Array, anchor: jax.Array) -> jax.Array:
     return lax.reduce_precision(param, info.nexp, info.nmant)
 
 
+def is_sound(param: jax.Array) -> jax.Array:
+    """Returns which entries have a square that is finite in float32."""
+    wide = jnp.promote_types(param.dtype, jnp.float32)
+    return jnp.isfinite(lax.square(param.astype(wide)))
+
+
 def move(is_moved: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
-    """Moves the anchor to the params; an entry that is not finite stays where it is."""
+    """Moves the anchor to the params; an entry that is not sound stays where it is."""
 
     def moved(a: jax.Array, p: jax.Array) -> jax.Array:
         p = p.astype(a.dtype)
-        return jnp.where(is_moved & jnp.isfinite(p), p, a)
+        return jnp.where(is_moved & is_sound(p), p, a)
 
     there = jax.tree.map(moved, _on_device(anchor), params)
     return _put(there, _HOST) if _is_on_host(anchor) else there

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._anchor import at_hand
+from ._anchor import at_hand, is_sound
 from ._judge import Verdict
 from ._monitor import find_states
 from ._regulate import ErrorRegulateState
@@ -27,8 +27,12 @@ def apply_updates(
 
     ``optax.apply_updates`` adds, and ``p + (a - p)`` is ``a`` up to rounding, never
     for a ``p`` that is not finite. This function selects, so that params equal the
-    anchor bit for bit after a revert, even where a NaN or an infinity has got into
-    them. On other steps both do the same.
+    anchor bit for bit after a revert. On every step, an entry that is not finite, or
+    whose square is not in float32 (a bit has flipped between two steps, say), takes
+    that of the anchor: one that few batches look at, a row of an embedding, would else
+    be there for good, because the steps that it spoils are too rare for a revert. An
+    anchor in host memory is at hand on a revert only. All other entries are what Optax
+    makes of them.
 
     Args:
       params: a tree of parameters.
@@ -60,7 +64,9 @@ def apply_updates(
         home = at_hand(is_reverted, state.anchor, own)
 
         def select(a: Any, p: Any, pred: jax.Array = is_reverted) -> Any:
-            return p if _is_masked(a) else jnp.where(pred, a, p).astype(p.dtype)
+            if _is_masked(a):
+                return p
+            return jnp.where(pred | ~is_sound(p), a, p).astype(p.dtype)
 
         params = _map(select, home, params)
     return params

@@ -9,7 +9,7 @@ from jax import lax
 WINDOW = 128  # the skip-step rules of MaxText, levanter and OLMo use the same length
 NUM_START_VALUES = 16  # an upper quantile of fewer values says nothing
 
-_Z95 = 1.645  # the 95th percentile of a standard normal variable
+Z95 = 1.645  # the 95th percentile of a standard normal variable
 
 
 class LossHistory(NamedTuple):
@@ -103,4 +103,4 @@ class LossHistory(NamedTuple):
         picked = jnp.take_along_axis(ascending, index, axis=-1)
         picked = jnp.where(num_values > 0, picked, 0.0)
         median, upper = picked[..., 0], picked[..., 1]
-        return median, (upper - median) / _Z95
+        return median, (upper - median) / Z95

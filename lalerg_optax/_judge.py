@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._history import NUM_START_VALUES, LossHistory
+from ._history import NUM_START_VALUES, Z95, LossHistory
 from ._scalars import Scalars, lanes, pack, read, unpack
 
 LARGEST = 1e37  # larger magnitudes are treated as this one: sums must not overflow
 _SMALLEST = 1e-30
 _RESOLUTION = 1e-5  # of the median: about 100 units of float32's last place
 _LOG_NORM_FLOOR = math.log(4.0)  # a four-fold gradient norm is tolerated
+_WIDENING = 1.5  # of the tolerance, by each 5 % of a window that are alarms
 
 _AVG_DECAY = 0.95  # the average looks at about 20 steps, a batch of noise at none
 _DEVIATION_DECAY = 0.99  # slower, so that a rise does not excuse itself
@@ -114,8 +115,8 @@ def _scaled_rises(
     floors: jax.Array,
     progress_fractions: jax.Array,
     min_values: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns ``(signal - median) / tolerance``, and the largest tolerated signals.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns ``(signal - median) / tolerance``, what to record, and if that is known.
 
     All are vectors with an entry for the loss and one for the norm.
     """
@@ -128,9 +129,13 @@ def _scaled_rises(
     rises = jnp.clip((signals - medians) / tolerances, -LARGEST, LARGEST)
     # a signal that was never anything but constant tells nothing of its scale
     known = (history.num_values >= min_values) & (scales > 0.0)
+    # As the 95th percentile, it would make the tolerance so many times as wide.
+    share = jnp.minimum(_WIDENING * Z95 / threshold, 1.0)
+    alarms = jnp.minimum(medians + share * tolerances, LARGEST)
     return (
         jnp.where(jnp.isfinite(signals), jnp.where(known, rises, 0.0), LARGEST),
-        jnp.where(known, jnp.minimum(medians + tolerances, LARGEST), LARGEST),
+        jnp.where(known & (rises > 1.0), alarms, jnp.minimum(signals, LARGEST)),
+        known,
     )
 
 
@@ -214,7 +219,7 @@ def judge(
     # judged from the second step on.
     signals = lanes([loss, log_norm])
     is_early = state.history.num_values[1] < NUM_START_VALUES
-    errors, limits = _scaled_rises(
+    errors, recorded, known = _scaled_rises(
         state.history,
         signals,
         threshold,
@@ -282,16 +287,18 @@ def judge(
     # Read back: what comes later takes it from memory and does not judge again.
     judgement = unpack(Judgement, scalars)
 
-    # An alarm is recorded as the largest value that was tolerated: the window
-    # always advances and follows a new level, but no outlier can blow it up.
+    # An alarm is recorded as a value that widens the tolerance, if at all, by little:
+    # the window always advances and follows a new level, but outliers do not blind it.
+    # Nor do those of a signal that cannot be judged yet, while the other one objects.
     history = state.history._replace(
         num_values=jnp.where(judgement.starts_anew, 0, state.history.num_values)
     )
-    clipped = jnp.where(judgement.starts_anew, signals, jnp.minimum(signals, limits))
+    recorded = jnp.where(judgement.starts_anew, signals, recorded)
     is_recorded = jnp.isfinite(signals)
+    is_recorded &= known | judgement.starts_anew | ~is_outlier
     if value is None:
         is_recorded &= lanes([0.0, 1.0]) > 0.0
-    history = history.record(jnp.where(is_recorded, clipped, jnp.nan))
+    history = history.record(jnp.where(is_recorded, recorded, jnp.nan))
     return JudgeState(history, scalars)
 
 

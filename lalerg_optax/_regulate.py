@@ -258,8 +258,11 @@ def error_regulate(
       multiplies it by ``backoff_factor ** (-1 / recovery_steps)``, up to 1. After a
       drift the averages start anew.
 
-    A finite loss or norm above what is tolerated enters its window as the largest
-    tolerated value, so that the window follows a level that is there to stay. After
+    An alarm, a finite loss or norm above what is tolerated, enters its window as the
+    value that, as the 95th percentile, would make the tolerance 1.5 times as wide (but
+    at most as what was tolerated). So the window follows a level that is there to stay,
+    but slowly: a burst of outliers, or 5 % of all batches, do not blind the judge. A
+    loss that cannot be judged yet is not recorded where the norm objects. After
     ``patience`` finite steps rejected in a row (others in between do not count)
     windows, :math:`L_1` and averages start anew and the step is accepted: at most
     ``patience + 1`` finite steps are rejected in a row, whatever the losses.
@@ -267,7 +270,8 @@ def error_regulate(
     **Anchor.** A copy of the params before the update of the step, made when the step
     is accepted, all errors are below 1/2, and params are at least so many accepted
     updates away from it: an eighth of all accepted so far (rounded down), at least 5
-    and at most ``anchor_every``. An entry that is not finite is not copied.
+    and at most ``anchor_every``. An entry that is not finite, or whose square is not in
+    float32, is not copied.
 
     **Audit**, if asked for: whenever the anchor is about to move, the regulator looks
     back at it with the fresh gradient, :math:`c = \langle g, a - p \rangle / (|g|
@@ -285,7 +289,7 @@ def error_regulate(
 
     **Exactness.** ``p + (a - p)`` is ``a`` up to rounding; given twice it is ``a``
     bit for bit, unless ``p`` is not finite. `apply_updates` gives ``a`` at once in
-    every case.
+    every case, and to a single entry that is not finite on every step.
 
     Two forms. *Nested*, ``error_regulate(inner)``: ``inner`` sees a zero gradient, a
     ``value`` that is always usable, and the verdict (extra argument ``verdict``,

@@ -436,7 +436,8 @@ class ErrorRegulate:
         loss = 0.0 if value is None else value
         is_finite = math.isfinite(loss) and math.isfinite(norm)
 
-        # the errors of loss and norm, and the largest values that are tolerated
+        # the errors of loss and norm, and what an alarm is recorded as
+        share = min(1.5 * 1.645 / self.threshold, 1.0)
         median, spread = self.loss_history.centre_and_spread()
         loss_scale = max(
             self.threshold * spread,
@@ -448,7 +449,8 @@ class ErrorRegulate:
         self.scaled_error = self.error(
             self.loss_history, loss, median, loss_tolerance, 16
         )
-        loss_limit = median + loss_tolerance
+        loss_alarm = median + share * loss_tolerance
+        loss_is_known = len(self.loss_history.values) >= 16 and loss_scale > 0.0
 
         log_norm = math.nan if math.isnan(norm) or norm == 0.0 else math.log(norm)
         median, spread = self.norm_history.centre_and_spread()
@@ -458,7 +460,9 @@ class ErrorRegulate:
         self.scaled_norm_error = self.error(
             self.norm_history, log_norm, median, norm_tolerance, 1
         )
-        norm_limit = median + norm_tolerance
+        norm_alarm = median + share * norm_tolerance
+        norm_is_known = len(self.norm_history.values) >= 1
+        norm_is_alarm = self.scaled_norm_error > 1.0
         if norm == 0.0:
             self.scaled_norm_error = 0.0
         if self.inner is None and value is not None:
@@ -525,11 +529,18 @@ class ErrorRegulate:
             self.loss_history, self.norm_history = LossHistory(), LossHistory()
         if audit_failed:
             return
-        if is_new_level:
-            loss_limit = norm_limit = math.inf
+        if not is_new_level:
+            if self.scaled_error > 1.0 and math.isfinite(loss):
+                loss = loss_alarm
+            if norm_is_alarm and math.isfinite(log_norm):
+                log_norm = norm_alarm
+            if is_outlier and not loss_is_known:
+                loss = math.nan
+            if is_outlier and not norm_is_known:
+                log_norm = math.nan
         if value is not None:
-            self.record(self.loss_history, loss, loss_limit, 16)
-        self.record(self.norm_history, log_norm, norm_limit, 1)
+            self.loss_history.record(loss)
+        self.norm_history.record(log_norm)
 
     @staticmethod
     def error(history, value, median, tolerance, min_values):
@@ -538,13 +549,6 @@ class ErrorRegulate:
         if len(history.values) < min_values:
             return 0.0
         return min(max((value - median) / tolerance, -LARGEST), LARGEST)
-
-    @staticmethod
-    def record(history, value, limit, min_values):
-        """Records a value, at most the largest that was tolerated."""
-        if len(history.values) < min_values:
-            limit = LARGEST  # all finite values are tolerated
-        history.record(min(value, limit) if math.isfinite(value) else math.nan)
 
 
 def lalerg(

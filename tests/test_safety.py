@@ -153,11 +153,28 @@ def test_a_parameter_hit_between_steps_never_gets_into_the_anchor():
     for t in range(40):
         params = params.at[2].set(jnp.nan) if t == 10 else params
         updates, state = tx.update(jnp.array([0.1, 0.1, 0.0]), state, params, value=1.0)
-        params = lo.apply_updates(params, updates, state)
+        params = optax.apply_updates(params, updates)
     assert state.anchor_age < 10
     assert all_finite(state)
     assert state.anchor[0] < 1.0
     assert state.anchor[2] == 3.0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("hit", [*BAD, 3e37, -2e19])
+def test_a_hit_parameter_that_no_batch_looks_at_is_healed_at_once(dtype, hit):
+    tx = lo.error_regulate(optax.sgd(0.1))
+    params = {"seen": jnp.ones(2, dtype), "row": jnp.array([1.0, 1e18, 3.0], dtype)}
+    state = tx.init(params)
+    grads = {"seen": jnp.full(2, 0.1, dtype), "row": jnp.zeros(3, dtype)}
+    before = params["row"]
+    params["row"] = before.at[2].set(hit)
+    updates, state = tx.update(grads, state, params, value=1.0)
+    assert state.verdict == Verdict.ACCEPT
+    params = lo.apply_updates(params, updates, state)
+    chex.assert_trees_all_equal(params["row"], before)
+    assert jnp.all(params["seen"] < 1.0), "all others take their step"
+    assert all(p.dtype == dtype for p in params.values())
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

@@ -68,6 +68,48 @@ def test_single_outlier_loss_is_skipped_and_changes_nothing():
         assert getattr(macro, name)[199] == getattr(macro, name)[200]
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("factor", "signal"), [(4.0, "loss"), (1e3, "norm")])
+def test_a_burst_of_outliers_does_not_blind_the_judge(seed, factor, signal):
+    params, losses, grads = make(400, seed)
+    hit = np.zeros(400, bool)
+    for first in range(200, 260, 12):  # a third of the steps, too few in a row to be
+        hit[first : first + 4] = True  # a new level
+    hit[300:] = np.random.default_rng(seed).random(100) < 0.08
+    if signal == "loss":
+        losses[hit] *= factor
+    else:
+        grads[hit] *= factor
+    *_, report, _, _ = drive(lo.error_regulate(optax.sgd(1e-4)), params, losses, grads)
+    assert jnp.all(report["verdict"][hit] != ACCEPT)
+    assert jnp.all(report[f"scaled_{'norm_' * (signal == 'norm')}error"][hit] > 1.0)
+
+
+def test_a_loss_that_cannot_be_judged_yet_is_not_recorded_where_the_norm_objects():
+    params, losses, grads = make(100)
+    losses[[2, 9]] = 1e4
+    grads[[2, 9]] *= 1e4
+    losses[60] = 5.0
+    *_, report, _, states = drive(
+        lo.error_regulate(optax.sgd(1e-4)), params, losses, grads
+    )
+    assert jnp.flatnonzero(report["verdict"]).tolist() == [2, 9, 60]
+    assert states.judge_state.history.num_values[20].tolist() == [19, 21]
+    assert states.judge_state.history.values[-1, 0].max() < 2.0
+
+
+@pytest.mark.parametrize("level", [3.0, 10.0, 100.0])
+def test_harder_batches_that_come_to_stay_are_accepted_in_time(level):
+    params, losses, grads = make(4000)
+    harder = np.arange(4000) % 8 == 0
+    harder[:200] = False
+    losses[harder] *= level
+    *_, report, _, _ = drive(lo.error_regulate(optax.sgd(1e-4)), params, losses, grads)
+    verdicts = report["verdict"]
+    assert jnp.all(verdicts[200:260][harder[200:260]] == SKIP), "not at once"
+    assert jnp.all(verdicts[-1000:] == ACCEPT)
+
+
 def test_single_outlier_gradient_norm_is_skipped_though_the_loss_is_fine():
     params, losses, grads = make()
     grads[200] *= 100.0
