@@ -58,6 +58,9 @@ def scale_by_micro_rate(
     is whether the squared global norm of the gradient is finite in float32, so that no
     NaN, infinity or overflow ever gets into the state.
 
+    A moment that no gradient can have made, because it is not finite or a second moment
+    below 0, was hit from outside (a flipped bit) and starts anew at zero.
+
     On a REVERT :math:`\mu` is set to zero, because momentum belongs to the path that
     was left; :math:`\nu` stays, because the scale of the gradients does not. Where
     params go back to the very start (``audit.is_restart``, see `error_regulate`),
@@ -149,14 +152,17 @@ def scale_by_micro_rate(
         if audit is not None:
             keep2 = jnp.where(audit.is_restart, 0.0, keep2)
             count = jnp.where(audit.is_restart, 0, count)
-        mu = jax.tree.map(
-            lambda g, m: (add1 * g + keep1 * m).astype(m.dtype), updates, state.mu
-        )
-        nu = jax.tree.map(
-            lambda g, n: (add2 * squared(g, n.dtype) + keep2 * n).astype(n.dtype),
-            updates,
-            state.nu,
-        )
+
+        def averaged(g: jax.Array, m: jax.Array) -> jax.Array:
+            healed = jnp.where(jnp.isfinite(m), m, 0)
+            return (add1 * g + keep1 * healed).astype(m.dtype)
+
+        def averaged_square(g: jax.Array, n: jax.Array) -> jax.Array:
+            healed = jnp.where((n >= 0) & (n < jnp.inf), n, 0)
+            return (add2 * squared(g, n.dtype) + keep2 * healed).astype(n.dtype)
+
+        mu = jax.tree.map(averaged, updates, state.mu)
+        nu = jax.tree.map(averaged_square, updates, state.nu)
         t = jnp.maximum(count, 1).astype(jnp.float32)
         gate = jnp.where(is_open, (1.0 - gradient_share) / (1.0 - b1**t), 0.0)
         debias = 1.0 / (1.0 - b2**t)

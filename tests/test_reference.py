@@ -324,7 +324,7 @@ def test_slow_rise_that_undoes_half_of_the_progress_is_that_of_the_reference(see
     inputs, targets, *_ = faulty_batches(seed, True)
     time = np.arange(NUM_STEPS)
     losses = 1.0 + 19.0 * np.exp(-time / 3.0) + 0.03 * np.maximum(time - 140, 0)
-    losses += np.random.default_rng(seed).normal(0.0, 0.4, NUM_STEPS)
+    losses += np.random.default_rng(seed + 1).normal(0.0, 0.4, NUM_STEPS)
     none, one = np.zeros(NUM_STEPS, np.float32), np.ones(NUM_STEPS, np.float32)
     batches = (inputs, targets, losses.astype(np.float32), none, one)
     seen = train("momentum", batches, with_scan=True)

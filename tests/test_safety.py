@@ -332,3 +332,35 @@ def test_an_average_that_starts_anew_forgets_how_large_the_old_one_was():
     assert verdicts == [0] * 5 + revert + [0] * 2
     assert averages[4] == np.float32(1e10)
     assert averages[7] == 6.0
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize(
+    ("moment", "hit"),
+    [("mu", np.nan), ("mu", -np.inf), ("nu", np.nan), ("nu", np.inf), ("nu", -1.0)],
+)
+def test_a_moment_that_no_gradient_can_have_made_starts_anew(moment, hit, search):
+    tx, params = lo.lalerg(1e-2, search=search), jnp.array([1.0, -2.0, 3.0])
+    state = tx.init(params)
+
+    def steps(params, state, num):
+        def step(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return (lo.apply_updates(params, updates, state), state), None
+
+        return jax.lax.scan(step, (params, state), length=num)[0]
+
+    params, state = steps(params, state, 20)
+    micro, *rest = state.inner_state
+    damaged = getattr(micro, moment).at[1].set(hit)
+    state = state._replace(inner_state=(micro._replace(**{moment: damaged}), *rest))
+    before = params[1]
+    params, state = steps(params, state, 2)
+    assert np.all(np.isfinite(params))
+    assert np.all(np.isfinite(state.inner_state[0].mu))
+    assert np.all(state.inner_state[0].nu >= 0.0)
+    assert params[1] != before
+    params, _ = steps(params, state, 800)
+    assert abs(params[1]) < 0.05
