@@ -1,0 +1,248 @@
+"""A guard that cries wolf is switched off: what is not objected to."""
+
+import functools
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.datasets import load_digits
+
+import lalerg_optax as lo
+
+NUM_RUNS, NUM_STEPS = 50, 2000
+
+
+@functools.cache
+def judged():
+    """Returns a function of losses and gradient norms, [run, step], to verdicts."""
+    tx = lo.error_regulate(optax.sgd(0.0))
+    params = jnp.zeros(())
+
+    def step(state, seen):
+        loss, norm = seen
+        _, state = tx.update(norm, state, params, value=loss)
+        return state, state.verdict
+
+    def run(losses, norms):
+        return jax.lax.scan(step, tx.init(params), (losses, norms))[1]
+
+    return jax.jit(jax.vmap(run))
+
+
+def normal(seed=0):
+    return np.random.default_rng(seed).standard_normal((NUM_RUNS, NUM_STEPS))
+
+
+def student(seed=0):
+    return np.random.default_rng(seed).standard_t(3, size=(NUM_RUNS, NUM_STEPS))
+
+
+def verdicts_of(losses, norms=None):
+    norms = np.exp(0.3 * normal(seed=1)) if norms is None else norms
+    return np.asarray(judged()(losses.astype(np.float32), norms.astype(np.float32)))
+
+
+def assert_rare(verdicts, skips, reverts):
+    """At most so many in 10,000 steps; a revert takes two."""
+    assert 1e4 * np.mean(verdicts == lo.Verdict.SKIP) <= skips
+    assert 1e4 * np.mean(verdicts == lo.Verdict.REVERT) / 2 <= reverts
+
+
+STEADY = {
+    "normal, 1 %": lambda: 1.0 + 0.01 * normal(),
+    "normal, 5 %": lambda: 1.0 + 0.05 * normal(),
+    "normal, 20 %": lambda: 1.0 + 0.2 * normal(),
+    "lognormal, 20 %": lambda: np.exp(0.2 * normal()),
+}
+
+
+@pytest.mark.parametrize("name", STEADY)
+def test_100_000_steps_of_noise_cost_no_revert_and_hardly_a_skip(name):
+    verdicts = verdicts_of(STEADY[name]())
+    assert verdicts.size >= 100_000
+    assert_rare(verdicts, skips=1, reverts=0)
+
+
+def test_a_gradient_norm_that_varies_threefold_costs_no_revert_and_hardly_a_skip():
+    verdicts = verdicts_of(STEADY["normal, 5 %"](), np.exp(normal(seed=1)))
+    assert_rare(verdicts, skips=1, reverts=0)
+
+
+@pytest.mark.parametrize("signal", ["loss", "norm"])
+def test_heavy_tails_are_skipped_now_and_then_and_rarely_reverted(signal):
+    tails = student(seed=1)
+    if signal == "loss":
+        verdicts = verdicts_of(1.0 + 0.05 * tails)
+    else:
+        verdicts = verdicts_of(STEADY["normal, 5 %"](), np.abs(1.0 + 0.2 * tails))
+    assert np.any(verdicts == lo.Verdict.SKIP)
+    assert_rare(verdicts, skips=30, reverts=1)
+
+
+def digits():
+    data = load_digits()
+    return jnp.asarray(data.data / 16.0, jnp.float32), jnp.asarray(data.target)
+
+
+def training_curve(num_steps=500):
+    """Returns the loss of softmax regression on digits, stretched to all steps."""
+    images, labels = (x[:500] for x in digits())
+
+    def loss_fn(weights):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            images @ weights, labels
+        ).mean()
+
+    def step(weights, _):
+        loss, grad = jax.value_and_grad(loss_fn)(weights)
+        return weights - 4.0 * grad, loss
+
+    descend = jax.jit(lambda w: jax.lax.scan(step, w, length=num_steps)[1])
+    curve = np.asarray(descend(jnp.zeros((64, 10))), float)
+    at = np.linspace(0, num_steps - 1, NUM_STEPS)
+    return np.interp(at, np.arange(num_steps), curve)
+
+
+def test_a_falling_noisy_loss_is_never_reverted():
+    curve = training_curve()
+    assert curve[-1] < 0.1 * curve[0]
+    scale = np.where(np.arange(NUM_RUNS) % 2, 0.05, 0.2)[:, None]
+    assert_rare(verdicts_of(curve * np.exp(scale * normal())), skips=1, reverts=0)
+
+
+def test_a_constant_loss_is_never_objected_to():
+    levels = np.array([0.0, 2.3, -1.0, 1e4, 1e-20])
+    losses = np.repeat(np.repeat(levels, NUM_RUNS // 5)[:, None], NUM_STEPS, axis=1)
+    assert not np.any(verdicts_of(losses))
+
+
+def test_unit_and_zero_of_the_loss_make_no_difference():
+    losses = 1.0 + 0.2 * student()[: NUM_RUNS // 5]
+    losses[:, 500:1000:100] += 20.0  # to skip
+    losses[:, 1500:1503] += 20.0  # to revert
+    variants = [losses, 1e-6 * losses, 1e6 * losses, losses - 100.0, losses + 1e4]
+    norms = np.tile(np.exp(0.3 * normal(seed=1)[: len(losses)]), (5, 1))
+    reference, *others = np.split(verdicts_of(np.concatenate(variants), norms), 5)
+    assert np.all(reference[:, 500:1000:100] == lo.Verdict.SKIP)
+    assert np.sum(reference == lo.Verdict.REVERT) >= 2 * len(losses)
+    names = ("near zero", "large", "negative", "with an offset")
+    for name, verdicts in zip(names, others, strict=True):
+        assert np.array_equal(verdicts, reference), name
+
+
+def perceptron(widths, num_steps=600, batch_size=64):
+    """Returns a function of (optimizer, seed) to the verdicts of a run on digits."""
+    images, labels = digits()
+
+    def init(key):
+        keys = jax.random.split(key, len(widths) - 1)
+        shapes = itertools.pairwise(widths)
+        return [
+            jax.random.normal(k, shape) * (2.0 / shape[0]) ** 0.5
+            for k, shape in zip(keys, shapes, strict=True)
+        ]
+
+    def loss_fn(params, x, y):
+        for weights in params[:-1]:
+            x = jax.nn.relu(x @ weights)
+        logits = x @ params[-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def train(tx, seed):
+        key = jax.random.key(seed)
+
+        def step(carry, t):
+            params, state = carry
+            batch = jax.random.fold_in(key, t)
+            chosen = jax.random.randint(batch, (batch_size,), 0, len(images))
+            x, y = images[chosen], labels[chosen]
+            loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+            updates, state = tx.update(grads, state, params, value=loss)
+            carry = optax.apply_updates(params, updates), state
+            return carry, (loss, lo.metrics(state))
+
+        params = init(key)
+        steps = jnp.arange(num_steps)
+        return jax.lax.scan(step, (params, tx.init(params)), steps)[1]
+
+    return train
+
+
+OPTIMIZERS = {
+    "lalerg, search=False": lambda rate: lo.lalerg(rate, search=False),
+    "lalerg": lo.lalerg,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_without_a_fault_is_left_alone(name):
+    num_steps = 600
+    train = perceptron((64, 32, 10), num_steps)
+
+    def run(slope, rate, seed):
+        tx = OPTIMIZERS[name](lambda count: rate * (1.0 - slope * count / num_steps))
+        return train(tx, seed)
+
+    grid = np.meshgrid([0.0, 1.0], [3e-4, 1e-3, 3e-3], [0, 1], indexing="ij")
+    slopes, rates, seeds = (jnp.asarray(x.ravel()) for x in grid)
+    losses, seen = jax.jit(jax.vmap(run))(slopes, rates.astype(jnp.float32), seeds)
+    assert np.all(losses[:, -50:].mean(axis=1) < 0.8 * losses[:, 0])
+    verdicts = np.array(seen["verdict"])
+    if name == "lalerg":  # a search may go back from a rate that is too high
+        assert np.all(seen["num_audits_passed"][:, -1] > 0)
+        verdicts[(seen["num_audits_passed"] == 0) | seen["is_searching"]] = 0
+    assert not np.any(verdicts == lo.Verdict.REVERT)
+    assert np.sum(verdicts == lo.Verdict.SKIP) <= 1  # of 7,200
+
+
+REAL_TASKS = (
+    *("autoencoder", "logistic", "regression", "factorization"),
+    *("recurrent", "vae", "photo", "words"),
+)
+
+
+@pytest.fixture
+def measure_task(monkeypatch):
+    """Runs AdamW under the regulator, at rates up to the tuned one, three seeds."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    alarms = pytest.importorskip("alarms", reason="needs the benchmarks beside it")
+    decades = alarms.Decades(alarms.RESULTS / "decades.json", "")
+    decades.load(keep_about=True)
+
+    def measure(task):
+        tuned = decades.reference(task, "rates")
+        cells = {
+            "rates": [share * tuned for share in alarms.SHARES],
+            "num_seeds": 3,
+            "num_steps": decades.runs[task, "adamw"]["num_steps"],
+        }
+        with jax.numpy_rank_promotion("allow"):
+            return list(alarms.measure_task("error_regulate(adamw)", task, cells))
+
+    return measure
+
+
+@pytest.mark.slow
+def test_100_000_steps_of_real_training_on_eight_tasks_are_left_alone(measure_task):
+    entries = [entry for task in REAL_TASKS for entry in measure_task(task)]
+    steps, skips, reverts = (
+        sum(entry["all"][key] for entry in entries)
+        for key in ("steps", "skips", "reverts")
+    )
+    assert steps >= 100_000
+    assert skips <= 1e-4 * steps
+    assert reverts == 0
+
+
+@pytest.mark.slow
+def test_where_adam_spikes_by_itself_going_back_helps(measure_task):
+    found = measure_task("mlp")  # the loss leaps tenfold at the tuned rate, constant
+    assert any(entry["alarms"] for entry in found)
+    for entry in found:
+        for first, second in itertools.pairwise(entry["alarms"]):
+            if first["verdict"] == "REVERT" == second["verdict"]:
+                assert second["loss"] < first["loss"] / 2
