@@ -48,8 +48,6 @@ FAULT_TASKS = (
     "autoencoder",
     "regression",
     "factorization",
-    "residual",
-    "vae",
     "photo",
     "words",
 )
