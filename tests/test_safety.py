@@ -364,3 +364,54 @@ def test_a_moment_that_no_gradient_can_have_made_starts_anew(moment, hit, search
     assert params[1] != before
     params, _ = steps(params, state, 800)
     assert abs(params[1]) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("b1", "b2"),
+    [
+        (0.9, 0.999),
+        (0.9, 0.99),
+        (0.9, 0.81),
+        (0.95, 0.5),
+        (0.9, 0.0),
+        (0.0, 0.99),
+        (0, 0),
+    ],
+)
+def test_no_gradient_makes_moments_that_are_taken_for_a_hit(b1, b2):
+    rng = np.random.default_rng(0)
+    grads = rng.standard_t(1, size=(400, 64)) * (rng.random((400, 64)) < 0.1)
+    grads[:, :8] = 10.0 ** rng.uniform(-20, 10, size=(400, 8))
+    grads[:, 8] = np.where(np.arange(400) < 200, 0.0, 1e9)
+    grads = jnp.asarray(grads, jnp.float32)
+    ours = lo.scale_by_micro_rate(b1, b2, gradient_share=0.0)
+    plain = optax.scale_by_adam(b1, b2)
+
+    def updates_of(tx):
+        def step(state, g):
+            updates, state = tx.update(g, state)
+            return state, updates
+
+        return jax.lax.scan(step, tx.init(grads[0]), grads)[1]
+
+    seen, expected = updates_of(ours), updates_of(plain)
+    np.testing.assert_allclose(seen, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("moment", ["mu", "nu"])
+def test_a_moment_hit_in_a_rare_row_moves_its_params_by_little(moment):
+    tx = lo.scale_by_micro_rate()
+    params = jnp.zeros(2)
+    state = tx.init(params)
+    for _ in range(30):
+        _, state = tx.update(jnp.array([1.0, 0.5]), state)
+    hit = {"mu": 3e38, "nu": -state.nu[0]}[moment]
+    state = state._replace(**{moment: getattr(state, moment).at[0].set(hit)})
+    moved = jnp.zeros(2)
+    for _ in range(200):  # no gradient comes by any more
+        updates, state = tx.update(jnp.array([0.0, 0.5]), state)
+        moved += jnp.abs(updates)
+    assert moved[0] < 20.0
+    assert moved[1] > 100.0
+    updates, _ = tx.update(jnp.array([1.0, 0.5]), state)
+    assert 0.0 < updates[0] < 20.0
