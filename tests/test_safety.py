@@ -373,7 +373,6 @@ def test_a_moment_that_no_gradient_can_have_made_starts_anew(moment, hit, search
         (0.9, 0.99),
         (0.9, 0.81),
         (0.95, 0.5),
-        (0.9, 0.0),
         (0.0, 0.99),
         (0, 0),
     ],
