@@ -336,11 +336,8 @@ CONSTANTS: dict[str, tuple[Any, str, tuple[Any, Any]]] = {
     "b2": (lo.lalerg, "b2", (0.98, 0.995)),
     "gradient_share": (lo.lalerg, "gradient_share", (0.2, 0.8)),
 }
-# cheap ones; constants were chosen on the first four
-CONSTANTS_TASKS = (
-    *("logistic", "regression", "factorization", "autoencoder"),
-    *("photo", "words"),
-)
+# cheap ones; constants were chosen on the first three
+CONSTANTS_TASKS = ("logistic", "regression", "factorization", "photo")
 
 
 def variants() -> list[Optimizer]:
