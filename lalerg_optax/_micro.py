@@ -13,7 +13,6 @@ from ._judge import Verdict
 
 _TOLERANCE = 2.0  # of the bound on an update: for rounding, which is far less
 _SMALLEST = 1e-30  # squares of smaller gradients are no float32
-_NEARLY_ONE = 1e-6
 
 
 class ScaleByMicroRateState(NamedTuple):
@@ -64,16 +63,16 @@ def scale_by_micro_rate(
 
     Moments that no gradients can have made were hit from outside (a flipped bit): a
     :math:`\mu` whose square is not finite in float32, or a :math:`\nu` that is negative
-    or not finite, starts anew at zero. And by Cauchy and Schwarz
+    or not finite, starts anew at zero. And by Cauchy and Schwarz, for any gradients and
+    if :math:`b_1^2 < b_2`,
 
     .. math::
 
-        |u_t| \le (1 - s) \sqrt{\sum_{i=1}^t \frac{w_i^2}{v_i}} + s \sqrt{\frac1{v_t}},
-        \quad w_i = \frac{(1 - b_1) b_1^{t-i}}{1 - b_1^t},
-        \quad v_i = \frac{(1 - b_2) b_2^{t-i}}{1 - b_2^t},
+        |u_t| \le \frac{(1 - s) (1 - b_1)}{\sqrt{(1 - b_2) (1 - b_1^2 / b_2)}}
+        + \frac{s}{\sqrt{1 - b_2}}
 
-    with :math:`eps = 0`, so that an entry whose :math:`u_t` would be more than twice as
-    large stays where it is.
+    so that an entry whose :math:`u_t` would be more than twice as large (with
+    :math:`eps = 0`) stays where it is.
 
     On a REVERT :math:`\mu` is set to zero, because momentum belongs to the path that
     was left; :math:`\nu` stays, because the scale of the gradients does not. Where
@@ -126,15 +125,12 @@ def scale_by_micro_rate(
 
     may_be_zero = not (isinstance(eps, int | float) and eps > 0)
 
-    def largest(t: jax.Array) -> jax.Array:
-        """Returns the bound on an update after ``t`` gradients; see above."""
+    def largest() -> jax.Array:
+        """Returns the bound on an update; see above."""
         ratio = jnp.asarray(b1**2 / jnp.maximum(b2, _SMALLEST), jnp.float32)
-        is_one = jnp.abs(ratio - 1.0) < _NEARLY_ONE
-        series = jnp.where(is_one, t, (1.0 - ratio**t) / (1.0 - ratio))
-        last = (1.0 - b2**t) / (1.0 - b2)  # 1 / v_t
-        squared_bound = (((1.0 - b1) / (1.0 - b1**t)) ** 2) * last * series
-        bound = (1.0 - gradient_share) * jnp.sqrt(squared_bound)
-        return jnp.nan_to_num(bound, nan=jnp.inf) + gradient_share * jnp.sqrt(last)
+        series = jnp.where(ratio < 1.0, 1.0 / jnp.sqrt(1.0 - ratio), jnp.inf)
+        bound = (1.0 - gradient_share) * (1.0 - b1) * series + gradient_share
+        return bound / jnp.sqrt(1.0 - b2)
 
     def wide(x: jax.Array) -> jnp.dtype:
         # a decay of 0.999 is lost in bfloat16, and a square overflows float16
@@ -190,7 +186,7 @@ def scale_by_micro_rate(
         t = jnp.maximum(count, 1).astype(jnp.float32)
         gate = jnp.where(is_open, (1.0 - gradient_share) / (1.0 - b1**t), 0.0)
         debias = 1.0 / (1.0 - b2**t)
-        limit = (_TOLERANCE * largest(t)) ** 2 * debias
+        limit = (_TOLERANCE * largest()) ** 2 * debias
 
         def scaled(g: jax.Array, m: jax.Array, n: jax.Array) -> jax.Array:
             mean = gate * m + gradient_share * g.astype(wide(g))
@@ -199,8 +195,8 @@ def scale_by_micro_rate(
             if may_be_zero:  # an entry without gradients is 0 / 0
                 u = jnp.where(root > 0, u, 0)
             # not from u: XLA would store what is used twice and has a division in it
-            is_possible = squared(mean, n.dtype) <= limit * n + _SMALLEST
-            return jnp.where(is_possible, u, 0).astype(g.dtype)
+            is_impossible = squared(mean, n.dtype) > limit * n + _SMALLEST
+            return jnp.where(is_impossible, 0, u).astype(g.dtype)
 
         return jax.tree.map(scaled, updates, mu, nu), ScaleByMicroRateState(
             micro_count=count,

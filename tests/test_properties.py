@@ -386,6 +386,9 @@ def test_the_anchor_is_what_params_were_as_many_updates_ago_as_its_age_says(
 def test_on_all_steps_but_a_revert_both_ways_to_apply_updates_agree(name, sequence):
     seen = seen_by(name, sequence)
     is_other = seen["verdict"] != REVERT
+    # `lo.apply_updates` heals what is too large for its square to be a float32
+    is_sound = np.all(np.abs(seen["plainly_applied"]) < 1e19, axis=-1)
+    is_other &= np.logical_and.accumulate(is_sound.reshape(len(is_other), -1).all(1))
     chex.assert_trees_all_equal(
         seen["params"][is_other], seen["plainly_applied"][is_other]
     )

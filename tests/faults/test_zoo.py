@@ -131,7 +131,9 @@ def run_all(name):
     rng = np.random.default_rng(0)
     data = jnp.asarray(rng.standard_normal((512, 8)), jnp.float32)
     teacher = jnp.asarray(rng.standard_normal(8), jnp.float32)
-    targets = jnp.tanh(data @ teacher)
+    # noise, as data have: a norm that falls a thousandfold within a window tells little
+    noise = jnp.asarray(0.1 * rng.standard_normal(512), jnp.float32)
+    targets = jnp.tanh(data @ teacher) + noise
     batches = jnp.asarray(rng.integers(0, 512, (NUM_STEPS, 32)))
     start = {
         "w": jnp.asarray(0.3 * rng.standard_normal((8, 8)), jnp.float32),
