@@ -336,8 +336,8 @@ CONSTANTS: dict[str, tuple[Any, str, tuple[Any, Any]]] = {
     "b2": (lo.lalerg, "b2", (0.98, 0.995)),
     "gradient_share": (lo.lalerg, "gradient_share", (0.2, 0.8)),
 }
-# cheap ones; constants were chosen on the first three
-CONSTANTS_TASKS = ("logistic", "regression", "factorization", "photo")
+# cheap ones; constants were chosen on them
+CONSTANTS_TASKS = ("logistic", "regression", "factorization")
 
 
 def variants() -> list[Optimizer]:
