@@ -391,7 +391,7 @@ def scale_by_macro_rate(
         is_worse = ~is_first & (rise > margin) & has_value
         if audit is None:  # a loss that is clearly above its best is all that is known
             tells = ~seen.is_searching & is_worse
-            boldness = jnp.where(tells, -good_alignment, boldness)
+            boldness = jnp.where(tells, -jnp.asarray(good_alignment), boldness)
         audited = choose(
             seen.is_searching,
             leap(audited, boldness, is_good, is_bad, is_found),

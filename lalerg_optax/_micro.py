@@ -130,7 +130,7 @@ def scale_by_micro_rate(
         ratio = jnp.asarray(b1**2 / jnp.maximum(b2, _SMALLEST), jnp.float32)
         series = jnp.where(ratio < 1.0, 1.0 / jnp.sqrt(1.0 - ratio), jnp.inf)
         bound = (1.0 - gradient_share) * (1.0 - b1) * series + gradient_share
-        return bound / jnp.sqrt(1.0 - b2)
+        return jnp.asarray(bound / jnp.sqrt(1.0 - b2), jnp.float32)
 
     def wide(x: jax.Array) -> jnp.dtype:
         # a decay of 0.999 is lost in bfloat16, and a square overflows float16
