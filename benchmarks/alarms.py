@@ -15,33 +15,26 @@ What is stored is not run again, so that a run may be stopped and goes on later;
 ``--force`` runs it anew.
 """
 
-import argparse
 import json
-import os
-import platform
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from cost import skip_step
 from decades import Results as Decades
-from decades import adamw, rounded, table
+from decades import adamw
 from jax import lax
 from rich.progress import Progress
+from store import RESULTS, Store, opened, options_of, publish, rounded, table
 from tasks import DEVELOPMENT, REPORT, TASKS, Task, run
 
 import lalerg_optax as lo
 
 PyTree = Any
-RESULTS = Path(__file__).parent / "results"
 SHARES = (0.1, 1 / 3, 1.0)  # of tuned AdamW's rate
 NUM_SEEDS = 2
 COSTLY = ("patches", "characters")  # one seed, and yet most of the time
@@ -400,46 +393,15 @@ def measure_task(name: str, task: str, cells: dict[str, Any]) -> Iterator[PyTree
 # Results
 
 
-class Results:
-    """What has been measured, and the file that it is stored in."""
+class Results(Store):
+    """What has been measured, in parts."""
 
-    def __init__(self, path: Path, command: str) -> None:
-        self.path = path
-        self.about: dict[str, Any] = {
-            "command": command,
-            "machine": {
-                "platform": f"{platform.system()} {platform.machine()}",
-                "cores": len(os.sched_getaffinity(0)),
-            },
-            "versions": {
-                "python": platform.python_version(),
-                **{m.__name__: m.__version__ for m in (jax, optax, np, flax)},
-            },
-        }
-        self.parts: dict[str, dict[str, Any]] = {}
-
-    def load(self, keep_about: bool) -> None:
-        """Reads what is stored."""
-        if self.path.exists():
-            stored = json.loads(self.path.read_text())
-            self.parts = stored["parts"]
-            if keep_about:
-                self.about = stored["about"]
-
-    def save(self) -> None:
-        """Writes everything, a line for each part."""
-        lines = ",\n".join(
-            f"{json.dumps(name)}: {json.dumps(part)}"
-            for name, part in self.parts.items()
-        )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        about = json.dumps(self.about)
-        self.path.write_text(f'{{"about": {about},\n"parts": {{\n{lines}\n}}}}\n')
+    identity = ("part",)
 
     def entries(self, part: str) -> list[dict[str, Any]]:
         """Returns all entries of parts whose names begin so."""
-        parts = [v for k, v in self.parts.items() if k.split(":")[0] == part]
-        return [entry for part in parts for entry in part["entries"]]
+        runs = [run for (name,), run in self.runs.items() if name.startswith(part)]
+        return [entry for run in runs for entry in run["entries"]]
 
 
 class Job(NamedTuple):
@@ -459,8 +421,8 @@ def jobs(only: list[str], tasks: list[str], quick: bool) -> Iterator[Job]:
         yield Job("units", total, measure_units)
     if "training" not in only:
         return
-    decades = Decades(RESULTS / "decades.json", "")
-    decades.load(keep_about=True)
+    decades = Decades(RESULTS / "decades.json")
+    decades.load()
     for name in OPTIMIZERS:
         for task in QUICK_TASKS if quick else tasks:
             tuned = decades.reference(task, "rates")
@@ -476,22 +438,18 @@ def jobs(only: list[str], tasks: list[str], quick: bool) -> Iterator[Job]:
             )
 
 
+def entries_of(job: Job) -> dict[str, Any]:
+    """Returns what is stored of a job."""
+    return {"entries": list(job.measure(**job.cells))}
+
+
 def measure_all(results: Results, todo: list[Job], force: bool) -> None:
     """Measures and stores every part that is not stored yet."""
     with Progress() as progress:
         bar = progress.add_task("", total=len(todo))
         for job in todo:
             progress.update(bar, description=job.name[:48].ljust(48))
-            stored = results.parts.get(job.name, {})
-            if force or stored.get("cells") != job.cells:
-                started = time.perf_counter()
-                entries = list(job.measure(**job.cells))
-                results.parts[job.name] = {
-                    "cells": job.cells,
-                    "seconds": round(time.perf_counter() - started, 1),
-                    "entries": entries,
-                }
-                results.save()
+            results.measure((job.name,), job.cells, partial(entries_of, job), force)
             progress.advance(bar)
 
 
@@ -593,15 +551,10 @@ def units_table(results: Results) -> list[str]:
 
 def report(results: Results) -> str:
     """Returns everything as Markdown."""
-    about = results.about
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
-    machine = about["machine"]
-    minutes = sum(part["seconds"] for part in results.parts.values()) / 60
     lines = [
         "# False alarms",
         "",
-        f"Made with `{about['command']}` in {minutes:.0f} minutes on "
-        f"{machine['platform']}, {machine['cores']} cores; {versions}.",
+        results.made(),
         "",
         "Nothing is wrong with any of these runs. A rule that only skips has no "
         "reverts; in its place two alarms in a row are counted.",
@@ -646,30 +599,12 @@ def report(results: Results) -> str:
 
 def main() -> None:
     """Measures, stores, and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, rocm or tpu")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--quick", action="store_true", help="small and rough")
-    parser.add_argument("--force", action="store_true", help="run what is stored, too")
-    parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--out", type=Path, help="PATH.json and PATH.md")
-    options = parser.parse_args()
-    jax.config.update("jax_platforms", options.device)
-
-    # the quick run is not to be mistaken for the full one, nor kept
-    here = Path(tempfile.mkdtemp()) if options.quick else RESULTS
-    stem = options.out or here / "alarms"
-    command = "python benchmarks/alarms.py" + " --quick" * options.quick
-    results = Results(stem.with_suffix(".json"), command)
-    results.load(keep_about=options.report_only)
+    options = options_of(__doc__, PARTS, tuple(TASKS), tuple(TASKS))
+    results = opened(Results, "alarms", options)
     if not options.report_only:
         todo = list(jobs(options.only, options.tasks, options.quick))
         measure_all(results, todo, options.force)
-    text = report(results)
-    print(text)
-    stem.with_suffix(".md").write_text(text + "\n")
-    print(f"\nThe tables are in {stem}.md.")
+    publish(results, report(results))
 
 
 if __name__ == "__main__":

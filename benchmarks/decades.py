@@ -15,12 +15,6 @@ A row that is stored is not run again, so that a run may be stopped and goes on 
 ``--force`` runs it anew.
 """
 
-import argparse
-import json
-import os
-import platform
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,13 +23,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from cost import skip_step
 from rich.progress import Progress
+from store import Store, opened, options_of, publish, rounded, table
 from tasks import DEVELOPMENT, REPORT, TASKS, Task, run
 
 import lalerg_optax as lo
@@ -407,13 +401,6 @@ QUICK_STEPS = 200
 # Runs
 
 
-def rounded(x: Any) -> Any:
-    """Returns an array as lists of numbers of five digits; None if not finite."""
-    if np.ndim(x):
-        return [rounded(entry) for entry in x]
-    return float(f"{x:.5g}") if np.isfinite(x) else None
-
-
 def best_index(train_loss: Any) -> int:
     """Returns which rate has the lowest mean over the seeds."""
     means = np.asarray(train_loss, float).mean(axis=1)
@@ -456,44 +443,13 @@ def start_losses(task: Task) -> list[float]:
     return rounded(np.asarray(jax.jit(losses)(jnp.arange(NUM_SEEDS))))
 
 
-class Results:
-    """What has been measured, and the file that it is stored in."""
+class Results(Store):
+    """What has been measured, and what follows from it."""
 
-    def __init__(self, path: Path, command: str) -> None:
-        self.path = path
-        self.about: dict[str, Any] = {
-            "command": command,
-            "machine": {
-                "platform": f"{platform.system()} {platform.machine()}",
-                "cores": len(os.sched_getaffinity(0)),
-            },
-            "versions": {
-                "python": platform.python_version(),
-                **{m.__name__: m.__version__ for m in (jax, optax, np, flax)},
-            },
-        }
-        self.starts: dict[str, list[float]] = {}
-        self.runs: dict[tuple[str, str], dict[str, Any]] = {}
-
-    def load(self, keep_about: bool) -> None:
-        """Reads what is stored."""
-        if not self.path.exists():
-            return
-        stored = json.loads(self.path.read_text())
-        self.starts = stored["start_loss"]
-        self.runs = {(r["task"], r["optimizer"]): r for r in stored["runs"]}
-        if keep_about:
-            self.about = stored["about"]
-
-    def save(self) -> None:
-        """Writes everything, a line for each run."""
-        lines = ",\n".join(json.dumps(entry) for entry in self.runs.values())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(
-            f'{{"about": {json.dumps(self.about)},\n'
-            f'"start_loss": {json.dumps(self.starts)},\n'
-            f'"runs": [\n{lines}\n]}}\n'
-        )
+    @property
+    def starts(self) -> dict[str, list[float]]:
+        """The losses before anything is learnt, by task."""
+        return self.notes.setdefault("start_loss", {})
 
     def get(self, task: str, name: str, field: str) -> np.ndarray:
         """Returns a field of a row, NaN where it was not finite."""
@@ -555,26 +511,18 @@ def measure_all(
                 "num_seeds": 1 if quick else row.num_seeds,
                 "num_steps": QUICK_STEPS if quick else task.num_steps,
             }
-            stored = results.runs.get((name, row.name), {})
-            is_stored = all(stored.get(key) == cells[key] for key in cells)
-            if row.group in forced or not is_stored:
-                results.starts[name] = results.starts.get(name) or start_losses(task)
-                started = time.perf_counter()
-                entry = measure(task, row, **cells)
-                seconds = round(time.perf_counter() - started, 1)
-                about = {"task": name, "optimizer": row.name, "seconds": seconds}
-                results.runs[name, row.name] = about | cells | entry
-                results.save()
+            if name not in results.starts:
+                results.starts[name] = start_losses(task)
+            results.measure(
+                (name, row.name),
+                cells,
+                partial(measure, task, row, **cells),
+                force=row.group in forced,
+            )
             progress.advance(bar)
 
 
 # Tables
-
-
-def table(header: list[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Returns the lines of a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
 def percent(x: float) -> str:
@@ -717,17 +665,12 @@ def constants_table(results: Results) -> list[str]:
 
 def report(results: Results) -> str:
     """Returns everything as Markdown."""
-    about = results.about
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
-    machine = about["machine"]
-    seconds = sum(entry["seconds"] for entry in results.runs.values())
     known = {name for _, name in results.runs}
     groups = {row.group for row in ROWS if row.name in known}
     lines = [
         "# Nine decades of learning rates",
         "",
-        f"Made with `{about['command']}` in {seconds / 3600:.1f} hours on "
-        f"{machine['platform']}, {machine['cores']} cores; {versions}.",
+        results.made(),
         "",
         "Learning rates 1e-7 ... 1e1, three seeds each. Excess is the final loss on "
         "the whole training set above that of tuned AdamW, in % of the drop that tuned "
@@ -846,24 +789,8 @@ def draw(results: Results, path: Path) -> None:
 
 def main() -> None:
     """Measures, stores, and writes tables and figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, rocm or tpu")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--quick", action="store_true", help="small and rough")
-    parser.add_argument("--force", action="store_true", help="run what is stored, too")
-    parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--out", type=Path, help="PATH.json, PATH.md and PATH.png")
-    options = parser.parse_args()
-    jax.config.update("jax_platforms", options.device)
-
-    here = Path(__file__).parent / "results"
-    if options.quick:  # not to be mistaken for the full run, nor kept
-        here = Path(tempfile.mkdtemp())
-    stem = options.out or here / "decades"
-    command = "python benchmarks/decades.py" + " --quick" * options.quick
-    results = Results(stem.with_suffix(".json"), command)
-    results.load(keep_about=options.report_only)
+    options = options_of(__doc__, GROUPS, tuple(TASKS), tuple(TASKS))
+    results = opened(Results, "decades", options)
     if not options.report_only:
         jobs = [
             (task, row)
@@ -875,11 +802,7 @@ def main() -> None:
             jobs = [j for j in jobs if j[0] in QUICK_TASKS and j[1].name in QUICK_ROWS]
         forced = tuple(options.only) if options.force else ()
         measure_all(results, jobs, options.quick, forced)
-    text = report(results)
-    print(text)
-    print(f"\nThe tables are in {stem}.md, the figure in {stem}.png.")
-    stem.with_suffix(".md").write_text(text + "\n")
-    draw(results, stem.with_suffix(".png"))
+    publish(results, report(results), draw)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ is stored is not run again, so that a run may be stopped and goes on later; ``--
 runs it anew.
 """
 
-import argparse
-import tempfile
-import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,9 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from cost import skip_step
-from decades import WEIGHT_DECAY, Results, adamw, linear, rounded, table
+from decades import WEIGHT_DECAY, Results, adamw, linear
 from jax import lax
 from rich.progress import Progress
+from store import RESULTS, Store, opened, options_of, publish, rounded, table
 from tasks import DEVELOPMENT, TASKS, Batch, Task, _full_loss
 
 import lalerg_optax as lo
@@ -112,7 +111,7 @@ class Fault(NamedTuple):
     length: int = 1
     share: float = 0.0
     every: int = 0
-    base: dict[str, Any] = {}  # noqa: RUF012
+    base: Mapping[str, Any] = MappingProxyType({})
 
     def plan(self, seed: int, num_steps: int) -> Plan:
         """Returns what happens at every step of a run."""
@@ -528,8 +527,21 @@ def measure(
     return jax.tree.map(np.asarray, cells(jnp.arange(num_seeds), plans))
 
 
-class Runs(Results):
+def entry_of(task: Task, optimizer: Optimizer, **settings: Any) -> dict[str, Any]:
+    """Runs all faults of an optimizer and a task; returns what is stored of them."""
+    return {f: rounded(x) for f, x in measure(task, optimizer, **settings).items()}
+
+
+class Runs(Store):
     """What has been measured, and what follows from it."""
+
+    def get(self, task: str, name: str, field: str) -> np.ndarray:
+        """Returns a field of all runs, NaN where it was not finite."""
+        return np.asarray(self.runs[task, name][field], float)
+
+    def has(self, task: str, name: str) -> bool:
+        """Returns whether an optimizer was run on a task."""
+        return (task, name) in self.runs
 
     def faults(self, task: str, name: str) -> list[str]:
         """Returns the names of the faults that were run."""
@@ -593,20 +605,13 @@ def measure_all(
                 "num_seeds": 1 if quick else NUM_SEEDS,
                 "num_steps": QUICK_STEPS if quick else task.num_steps,
             }
-            about = settings | {"faults": [fault.name for fault in faults]}
-            stored = results.runs.get((name, optimizer.name), {})
-            if force or any(stored.get(key) != about[key] for key in about):
-                started = time.perf_counter()
-                found = measure(task, optimizer, faults=faults, **settings)
-                seconds = round(time.perf_counter() - started, 1)
-                results.runs[name, optimizer.name] = {
-                    "task": name,
-                    "optimizer": optimizer.name,
-                    "seconds": seconds,
-                    **about,
-                    **{field: rounded(x) for field, x in found.items()},
-                }
-                results.save()
+            cells = settings | {"faults": [fault.name for fault in faults]}
+            results.measure(
+                (name, optimizer.name),
+                cells,
+                partial(entry_of, task, optimizer, faults=faults, **settings),
+                force,
+            )
             progress.advance(bar)
 
 
@@ -740,17 +745,12 @@ def miss_table(results: Runs) -> list[str]:
 
 def report(results: Runs) -> str:
     """Returns everything as Markdown."""
-    about = results.about
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
-    machine = about["machine"]
-    hours = sum(entry["seconds"] for entry in results.runs.values()) / 3600
     names = names_of(results)
     seeds = {entry["num_seeds"] for entry in results.runs.values()}
     lines = [
         "# Faults",
         "",
-        f"Made with `{about['command']}` in {hours:.1f} hours on "
-        f"{machine['platform']}, {machine['cores']} cores; {versions}.",
+        results.made(),
         "",
         f"{len(FAULTS)} faults, {' or '.join(map(str, sorted(seeds)))} seeds, at the "
         "rate of tuned AdamW with linear decay. Tables give % of the runs whose final "
@@ -811,29 +811,10 @@ def draw(results: Runs, path: Path) -> None:
 def main() -> None:
     """Measures, stores, and writes tables and figure."""
     names = [optimizer.name for optimizer in OPTIMIZERS]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, rocm or tpu")
-    parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument(
-        "--tasks", nargs="+", choices=list(TASKS), default=list(FAULT_TASKS)
-    )
-    parser.add_argument("--quick", action="store_true", help="small and rough")
-    parser.add_argument("--force", action="store_true", help="run what is stored, too")
-    parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--out", type=Path, help="PATH.json, PATH.md and PATH.png")
-    options = parser.parse_args()
-    jax.config.update("jax_platforms", options.device)
-
-    results_dir = Path(__file__).parent / "results"
-    tuned = Results(results_dir / "decades.json", "")
-    tuned.load(keep_about=True)
-    here = results_dir
-    if options.quick:  # not to be mistaken for the full run, nor kept
-        here = Path(tempfile.mkdtemp())
-    stem = options.out or here / "faults"
-    command = "python benchmarks/faults.py" + " --quick" * options.quick
-    results = Runs(stem.with_suffix(".json"), command)
-    results.load(keep_about=options.report_only)
+    options = options_of(__doc__, names, FAULT_TASKS, tuple(TASKS))
+    tuned = Results(RESULTS / "decades.json")
+    tuned.load()
+    results = opened(Runs, "faults", options)
     if not options.report_only:
         tasks, faults = options.tasks, (NONE, *FAULTS)
         chosen = [o for o in OPTIMIZERS if o.name in options.only]
@@ -844,11 +825,7 @@ def main() -> None:
         jobs = [(task, optimizer) for task in tasks for optimizer in chosen]
         rates = {task: tuned.reference(task, "rates") for task in tasks}
         measure_all(results, rates, jobs, faults, options.quick, options.force)
-    text = report(results)
-    print(text)
-    print(f"\nThe tables are in {stem}.md, the figure in {stem}.png.")
-    stem.with_suffix(".md").write_text(text + "\n")
-    draw(results, stem.with_suffix(".png"))
+    publish(results, report(results), draw)
 
 
 if __name__ == "__main__":

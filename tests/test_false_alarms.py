@@ -219,8 +219,8 @@ def measure_task(monkeypatch):
     """Runs AdamW under the regulator, at rates up to the tuned one, three seeds."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     alarms = pytest.importorskip("alarms", reason="needs the benchmarks beside it")
-    decades = alarms.Decades(alarms.RESULTS / "decades.json", "")
-    decades.load(keep_about=True)
+    decades = alarms.Decades(alarms.RESULTS / "decades.json")
+    decades.load()
 
     def measure(task):
         tuned = decades.reference(task, "rates")
