@@ -370,28 +370,26 @@ def scale_by_macro_rate(
         seen: MacroScalars, audit: Audit | None, has_value: bool
     ) -> tuple[jax.Array, MacroScalars]:
         """Returns whether an audit is due, and what is known after it."""
-        audited = seen
-        if audit is not None:
-            is_audited, is_found = audit.is_taken, jnp.zeros((), jnp.bool_)
-            is_good, is_bad, audited = audit_alignment(seen, audit.alignment)
-            average = audited.avg_alignment
-            best = jnp.maximum(audited.best_alignment, jnp.abs(average))
-            boldness = jnp.where(best > 0.0, average / best, 1.0)
-        else:
-            is_audited = (seen.window_count >= audit_every) & has_value
-            is_good, is_bad = audit_window(seen)
-            is_found = is_good  # there is no way back from more than that
-            is_known = seen.is_searching & (seen.num_windows > 0)
-            boldness = jnp.where(is_known, _BLIND_LEAP, 0.0)
         variance = variance_of_mean(seen)
         rise = seen.window_mean - seen.best_window_mean
         margin = _STANDARD_ERRORS * jnp.sqrt(variance + seen.best_window_variance)
         is_first = seen.num_windows == 0
         is_best = (is_first | (rise < 0.0)) & has_value
         is_worse = ~is_first & (rise > margin) & has_value
-        if audit is None:  # a loss that is clearly above its best is all that is known
-            tells = ~seen.is_searching & is_worse
-            boldness = jnp.where(tells, -jnp.asarray(good_alignment), boldness)
+        if audit is not None:
+            is_audited, is_found = audit.is_taken, jnp.zeros((), jnp.bool_)
+            is_good, is_bad, audited = audit_alignment(seen, audit.alignment)
+            average = audited.avg_alignment
+            best = jnp.maximum(audited.best_alignment, jnp.abs(average))
+            boldness = jnp.where(best > 0.0, average / best, 1.0)
+        else:  # the loss is all that is known
+            audited = seen
+            is_audited = (seen.window_count >= audit_every) & has_value
+            is_good, is_bad = audit_window(seen)
+            is_found = is_good  # there is no way back from more than that
+            blind = jnp.where(is_first, 0.0, _BLIND_LEAP)
+            down = jnp.where(is_worse, -jnp.asarray(good_alignment), 0.0)
+            boldness = jnp.where(seen.is_searching, blind, down)
         audited = choose(
             seen.is_searching,
             leap(audited, boldness, is_good, is_bad, is_found),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from square_run import run
 
 import lalerg_optax as lo
 
@@ -216,18 +217,6 @@ def test_an_inner_that_is_no_transformation_is_a_type_error(bad):
         with pytest.raises(TypeError, match="must be an Optax gradient") as error:
             factory(**{name: bad})
         assert f"got {name} = " in reason(error)
-
-
-def run(tx, params, state, num_steps):
-    """Follows the gradient of |p|^2; returns params and state."""
-
-    def step(carry, _):
-        params, state = carry
-        loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
-        updates, state = tx.update(grads, state, params, value=loss)
-        return (lo.apply_updates(params, updates, state), state), None
-
-    return jax.lax.scan(step, (params, state), length=num_steps)[0]
 
 
 def test_a_search_that_is_switched_off_in_mid_run_forgets_its_rate():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import square_run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -343,26 +344,17 @@ def test_a_moment_that_no_gradient_can_have_made_starts_anew(moment, hit, search
     tx, params = lo.lalerg(1e-2, search=search), jnp.array([1.0, -2.0, 3.0])
     state = tx.init(params)
 
-    def steps(params, state, num):
-        def step(carry, _):
-            params, state = carry
-            loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
-            updates, state = tx.update(grads, state, params, value=loss)
-            return (lo.apply_updates(params, updates, state), state), None
-
-        return jax.lax.scan(step, (params, state), length=num)[0]
-
-    params, state = steps(params, state, 20)
+    params, state = square_run.run(tx, params, state, 20)
     micro, *rest = state.inner_state
     damaged = getattr(micro, moment).at[1].set(hit)
     state = state._replace(inner_state=(micro._replace(**{moment: damaged}), *rest))
     before = params[1]
-    params, state = steps(params, state, 2)
+    params, state = square_run.run(tx, params, state, 2)
     assert np.all(np.isfinite(params))
     assert np.all(np.isfinite(state.inner_state[0].mu))
     assert np.all(state.inner_state[0].nu >= 0.0)
     assert params[1] != before
-    params, _ = steps(params, state, 800)
+    params, _ = square_run.run(tx, params, state, 800)
     assert abs(params[1]) < 0.05
 
 

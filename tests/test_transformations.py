@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from digits_run import SHARDINGS
 from flax import serialization
 from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
@@ -188,16 +189,6 @@ def test_decisions_about_whole_trees_are_conditionals_and_not_selects():
     lowered = jax.jit(make_step(SEARCHING)).lower(params, SEARCHING.init(params), batch)
     # audit and anchor share one: no param is read or written for them at other steps
     assert lowered.as_text().count('"stablehlo.case"') == 1
-
-
-SHARDINGS = {
-    "data parallel": {"hidden": PartitionSpec(), "out": PartitionSpec()},
-    "fully sharded": {"hidden": PartitionSpec("d"), "out": PartitionSpec("d")},
-    "tensor sharded": {
-        "hidden": PartitionSpec(None, "d"),
-        "out": PartitionSpec("d", None),
-    },
-}
 
 
 @pytest.mark.parametrize("specs", SHARDINGS.values(), ids=SHARDINGS.keys())
