@@ -46,12 +46,13 @@ class Setting(NamedTuple):
     color: str
     is_poisoned: bool = True
     keeps_stats: bool = False
+    width: float = 1.4  # of the line
 
 
 SETTINGS = (
     Setting("AdamW, clean batches", "AdamW", "#777777", is_poisoned=False),
     Setting("AdamW", "AdamW", "#E69F00"),
-    Setting("lalerg, parameters alone", "lalerg", "#CC79A7"),
+    Setting("lalerg, parameters alone", "lalerg", "#CC79A7", width=3.5),
     Setting("lalerg, statistics too", "lalerg", "#0072B2", keeps_stats=True),
 )
 
@@ -211,9 +212,10 @@ def draw(runs: dict[Setting, Records], path: str) -> None:
     for setting, records in runs.items():
         loss = np.array([r["loss"] for r in records])
         smooth = [np.median(loss[max(0, i - 9) : i + 1]) for i in range(len(loss))]
-        top.plot(smooth, color=setting.color, label=setting.name, lw=1.2)
+        top.plot(smooth, color=setting.color, label=setting.name, lw=setting.width)
         tested = [(i, r["accuracy"]) for i, r in enumerate(records) if "accuracy" in r]
-        bottom.plot(*zip(*tested, strict=True), "o-", color=setting.color, ms=4)
+        style = {"color": setting.color, "lw": setting.width, "marker": "o", "ms": 4}
+        bottom.plot(*zip(*tested, strict=True), **style)
     kinds = ("wrong labels,\ninputs x100", "inputs NaN")
     for stretch, kind in zip(poisoned_stretches(len(loss)), kinds, strict=True):
         for axes in (top, bottom):
@@ -233,14 +235,15 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--out", default="resnet.png", help="file of the figure")
-    parser.add_argument("--quick", action="store_true", help="40 steps: a mere trial")
+    parser.add_argument("--quick", action="store_true", help="lalerg alone, 40 steps")
     args = parser.parse_args()
     if args.steps < 40:
         parser.error("--steps must be at least 40")
     num_steps = 40 if args.quick else args.steps
 
     data = load_data()
-    runs = {s: train(s, data, num_steps, args.rate, args.seed) for s in SETTINGS}
+    settings = SETTINGS[2:] if args.quick else SETTINGS
+    runs = {s: train(s, data, num_steps, args.rate, args.seed) for s in settings}
     print_table(runs)
     draw(runs, args.out)
     print(f"The figure is in {args.out}")
