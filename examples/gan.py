@@ -15,6 +15,7 @@ import argparse
 import functools
 import itertools
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,14 @@ class Pair(NamedTuple):
 
     generator: Any
     discriminator: Any
+
+
+class Run(NamedTuple):
+    """What a run leaves: distances now and then, verdicts of all steps, images."""
+
+    distances: list[float]
+    verdicts: np.ndarray
+    images: np.ndarray
 
 
 class Perceptron(nnx.Module):
@@ -89,8 +98,8 @@ def train(
     images: jax.Array,
     faults: jax.Array,
     key: jax.Array,
-) -> tuple[Pair, Pair, dict[str, Pair]]:
-    """Takes as many steps as faults are given; returns losses and verdicts of all."""
+) -> tuple[Pair, Pair, Pair]:
+    """Takes as many steps as faults are given; returns the verdicts of all, too."""
     tx = make_optimizer(name, searches)
 
     def judge_images(discriminator: nnx.State, shown: jax.Array) -> jax.Array:
@@ -114,23 +123,23 @@ def train(
             missed = nnx.softplus(-judge_images(discriminator, real)).mean()
             return missed + nnx.softplus(judge_images(discriminator, made)).mean()
 
-        new_params, new_states, losses, verdicts = [], [], [], []
-        criteria = (generator_loss, discriminator_loss)
-        for loss_fn, p, opt_state in zip(criteria, params, opt_states, strict=True):
-            loss, grads = jax.value_and_grad(loss_fn)(p)
+        def improve(loss_fn: Callable, own: nnx.State, opt_state: tuple) -> tuple:
+            loss, grads = jax.value_and_grad(loss_fn)(own)
             value = loss if name.endswith("loss") else None
-            updates, opt_state = tx.update(grads, opt_state, p, value=value)
-            new_params.append(lo.apply_updates(p, updates, opt_state))
-            new_states.append(opt_state)
-            losses.append(loss)
-            is_bare = name == "Adam"
-            verdicts.append(0 if is_bare else lo.metrics(opt_state)["verdict"])
-        told = {"loss": Pair(*losses), "verdict": Pair(*verdicts)}
-        return (Pair(*new_params), Pair(*new_states)), told
+            updates, opt_state = tx.update(grads, opt_state, own, value=value)
+            verdict = 0 if name == "Adam" else lo.metrics(opt_state)["verdict"]
+            return lo.apply_updates(own, updates, opt_state), opt_state, verdict
+
+        losses = (generator_loss, discriminator_loss)
+        improved = map(improve, losses, params, opt_states)
+        params, opt_states, verdicts = itertools.starmap(
+            Pair, zip(*improved, strict=True)
+        )
+        return (params, opt_states), verdicts
 
     drawn = (faults, jax.random.split(key, len(faults)))
-    (params, opt_states), told = lax.scan(step, (params, opt_states), drawn)
-    return params, opt_states, told
+    (params, opt_states), verdicts = lax.scan(step, (params, opt_states), drawn)
+    return params, opt_states, verdicts
 
 
 class Yardstick:
@@ -167,7 +176,7 @@ def make_faults(num_steps: int, is_poisoned: bool) -> np.ndarray:
     return faults
 
 
-def print_table(runs: dict[tuple[str, bool], dict[str, Any]]) -> None:
+def print_table(runs: dict[tuple[str, bool], Run]) -> None:
     """Prints how every run ended."""
     table = Table(
         title="After training",
@@ -177,13 +186,13 @@ def print_table(runs: dict[tuple[str, bool], dict[str, Any]]) -> None:
     for column in ("batches", "optimizers", "distance", "rejected"):
         table.add_column(column, justify="right")
     for (name, is_poisoned), run in runs.items():
-        rejected = ", ".join(str(np.count_nonzero(v)) for v in run["verdict"])
+        rejected = ", ".join(str(np.count_nonzero(v)) for v in run.verdicts)
         kind = "two broken stretches" if is_poisoned else "clean"
-        table.add_row(kind, name, f"{run['distance'][-1]:.2f}", rejected)
+        table.add_row(kind, name, f"{run.distances[-1]:.2f}", rejected)
     Console().print(table)
 
 
-def draw(runs: dict[tuple[str, bool], dict[str, Any]], path: str) -> None:
+def draw(runs: dict[tuple[str, bool], Run], path: str) -> None:
     """Saves the figure: distances against steps, and digits at the end."""
     figure = Figure(figsize=(9, 7), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1))
@@ -191,17 +200,17 @@ def draw(runs: dict[tuple[str, bool], dict[str, Any]], path: str) -> None:
     for panel in (panels := lower.subplots(1, 6)):
         panel.set_axis_off()
     for (name, is_poisoned), run in runs.items():
-        num_steps = run["verdict"].generator.size
+        num_steps = run.verdicts.shape[1]
         steps = np.arange(1, NUM_CHUNKS + 1) * (num_steps // NUM_CHUNKS)
         axes, style = plots[is_poisoned], {"color": COLORS[name], "label": name}
-        axes.plot(steps, run["distance"], "o-", ms=3, **style)
+        axes.plot(steps, run.distances, "o-", ms=3, **style)
         for step in np.flatnonzero(make_faults(num_steps, is_poisoned)):
             axes.axvspan(step, step + 1, color="#FFCCCC", lw=0)
         kind = "two broken stretches (shaded)" if is_poisoned else "clean batches"
         axes.set(title=kind, xlabel="step", yscale="log")
         axes.legend(frameon=False)
         panel = panels[3 * is_poisoned + NAMES.index(name)]
-        tiles = run["samples"].reshape(4, 4, 28, 28).swapaxes(1, 2)
+        tiles = run.images.reshape(4, 4, 28, 28).swapaxes(1, 2)
         panel.imshow(tiles.reshape(112, 112), cmap="gray_r", vmin=0, vmax=1)
         panel.set_title(name.replace(", ", "\n"), size=8, color=COLORS[name])
     plots[False].set_ylabel("Frechet distance from real images")
@@ -212,7 +221,7 @@ def draw(runs: dict[tuple[str, bool], dict[str, Any]], path: str) -> None:
 def main() -> None:
     """Trains everything, prints the table and saves the figure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=2000, help="steps of each run")
+    parser.add_argument("--steps", type=int, default=1500, help="steps of each run")
     parser.add_argument("--search", action="store_true", help="regulated: use lalerg")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--out", default="gan.png", help="file of the figure")
@@ -230,7 +239,7 @@ def main() -> None:
         graphs, params = make_networks(args.seed)
         tx = make_optimizer(name, args.search)
         opt_states = Pair(*(tx.init(p) for p in params))
-        pieces, distances = [], []
+        verdicts, distances = [], []
         faults = np.split(make_faults(num_steps, is_poisoned), NUM_CHUNKS)
         title = f"{name}, {'broken' if is_poisoned else 'clean'} batches".ljust(40)
         for i, chunk in enumerate(tqdm(faults, title)):
@@ -240,14 +249,14 @@ def main() -> None:
             )
             made = np.asarray(generate(graphs, params, codes))
             distances.append(measure(made))
-            pieces.append(jax.device_get(told))
-        run = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
-        runs[name, is_poisoned] = run | {"distance": distances, "samples": made[:16]}
+            verdicts.append(np.asarray(told))
+        verdicts = np.concatenate(verdicts, axis=1)
+        runs[name, is_poisoned] = Run(distances, verdicts, made[:16])
 
     print_table(runs)
     draw(runs, args.out)
     print(f"The figure is in {args.out}")
-    distances = runs[NAMES[1], True]["distance"]
+    distances = runs[NAMES[1], True].distances
     if not distances[-1] < distances[0]:  # NaN is not below, either
         sys.exit("The regulated pair has not come nearer to the real images.")
 

@@ -177,7 +177,7 @@ def draw(runs: dict[str, Records], rates: np.ndarray, path: str) -> None:
 def main() -> None:
     """Trains both, prints table and sample, saves the figure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=500, help="steps of each run")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each run")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest of schedule")
     parser.add_argument("--devices", type=int, help="on a CPU: pretend to have so many")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
