@@ -2,13 +2,17 @@
 
 Batch norm carries numbers from step to step that no optimizer sees: the running means
 and variances by which the network is tested. The forward pass of a broken batch has
-written to them before anybody judged it. Four runs, with the same weights and batches
-at first and the same learning rate, show what that means: AdamW without and with broken
-batches, lalerg with its rejected steps taken back in the parameters alone, and lalerg
-with them taken back in the statistics, too, which is what one wants and takes three
-lines (see `train_step`).
+written to them before anybody judged it. Four runs from the same weights, with the same
+batches and learning rate, show what that means: AdamW without and with broken batches,
+lalerg with rejected steps undone in the parameters alone, and lalerg with rejected steps
+undone in the statistics, too, which is what one wants (see `train_step`).
 
-The full run takes FULL_TIME.
+With seed 0 these end at test accuracies of 83.8, 9.9, 10.0 and 86.1 %. Both runs of
+lalerg reject all 24 broken batches and have the same weights: in the third one NaN has
+come into the statistics and never leaves them.
+
+The full run takes about 1.5 minutes of one x86 core (Python 3.11, JAX 0.10.2). The data
+are those of the Debian package dataset-fashion-mnist.
 
 Run with: python examples/resnet.py
 """
