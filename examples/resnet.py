@@ -4,8 +4,8 @@ Batch norm carries numbers from step to step that no optimizer sees: the running
 and variances by which the network is tested. The forward pass of a broken batch has
 written to them before anybody judged it. Four runs from the same weights, with the same
 batches and learning rate, show what that means: AdamW without and with broken batches,
-lalerg with rejected steps undone in the parameters alone, and lalerg with rejected steps
-undone in the statistics, too, which is what one wants (see `train_step`).
+lalerg with rejected steps undone in the parameters alone, and lalerg with them undone in
+the statistics, too, which is what one wants (see `train_step`).
 
 With seed 0 these end at test accuracies of 83.8, 9.9, 10.0 and 86.1 %. Both runs of
 lalerg reject all 24 broken batches and have the same weights: in the third one NaN has
