@@ -259,6 +259,8 @@ def main() -> None:
     distances = runs[NAMES[1], True].distances
     if not distances[-1] < distances[0]:  # NaN is not below, either
         sys.exit("The regulated pair has not come nearer to the real images.")
+    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        sys.exit("A parameter is not finite.")
 
 
 if __name__ == "__main__":
