@@ -46,9 +46,10 @@ class Pair(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a run leaves: distances now and then, verdicts of all steps, images."""
+    """What a run leaves: distances now and then, faults and verdicts, images."""
 
     distances: list[float]
+    faults: np.ndarray
     verdicts: np.ndarray
     images: np.ndarray
 
@@ -161,13 +162,11 @@ def distance(made: np.ndarray, real: np.ndarray) -> float:
     return float(shift + np.trace(one) + np.trace(other) - 2 * overlap)
 
 
-def make_faults(num_steps: int, is_poisoned: bool) -> np.ndarray:
+def make_faults(num_steps: int, length: int) -> np.ndarray:
     """Returns what is wrong with every batch: 0 nothing, 1 scaled, 2 NaN."""
     faults = np.zeros(num_steps, np.int32)
-    if is_poisoned:
-        length = max(2, num_steps // 100)
-        faults[num_steps // 3 :][:length] = 1
-        faults[num_steps * 2 // 3 :][:length] = 2
+    faults[num_steps // 3 :][:length] = 1
+    faults[num_steps * 2 // 3 :][:length] = 2
     return faults
 
 
@@ -195,19 +194,21 @@ def draw(runs: dict[tuple[str, bool], Run], path: str) -> None:
     for panel in (panels := lower.subplots(1, 6)):
         panel.set_axis_off()
     for (name, is_poisoned), run in runs.items():
-        num_steps = run.verdicts.shape[1]
-        steps = np.arange(1, NUM_CHUNKS + 1) * (num_steps // NUM_CHUNKS)
+        steps = np.arange(1, NUM_CHUNKS + 1) * (len(run.faults) // NUM_CHUNKS)
         axes, style = plots[is_poisoned], {"color": COLORS[name], "label": name}
         axes.plot(steps, run.distances, "o-", ms=3, **style)
-        for step in np.flatnonzero(make_faults(num_steps, is_poisoned)):
+        for step in np.flatnonzero(run.faults):
             axes.axvspan(step, step + 1, color="#FFCCCC", lw=0)
         kind = "two broken stretches (shaded)" if is_poisoned else "clean batches"
         axes.set(title=kind, xlabel="step", yscale="log")
         axes.legend(frameon=False)
         panel = panels[3 * is_poisoned + NAMES.index(name)]
-        tiles = run.images.reshape(4, 4, 8, 8).swapaxes(1, 2)
-        panel.imshow(tiles.reshape(32, 32), cmap="gray_r", vmin=0, vmax=1)
-        panel.set_title(name.replace(", ", "\n"), size=8, color=COLORS[name])
+        tiles = np.pad(run.images.reshape(4, 4, 8, 8), ((0, 0), (0, 0), (1, 1), (1, 1)))
+        image = tiles.swapaxes(1, 2).reshape(40, 40)
+        panel.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+        ending = "" if np.isfinite(image).all() else "\nNaN"
+        title = name.replace(", ", "\n") + ending
+        panel.set_title(title, size=8, color=COLORS[name])
     plots[False].set_ylabel("Frechet distance from real images")
     figure.suptitle("A GAN on digits; below: what its generator draws at the end")
     figure.savefig(path, dpi=100)
@@ -217,6 +218,7 @@ def main() -> None:
     """Trains everything, prints the table and saves the figure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=5000, help="steps of each run")
+    parser.add_argument("--broken", type=int, default=20, help="length of a stretch")
     parser.add_argument("--search", action="store_true", help="regulated: use lalerg")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--out", default="gan.png", help="file of the figure")
@@ -234,9 +236,9 @@ def main() -> None:
         tx = make_optimizer(name, args.search)
         opt_states = Pair(*(tx.init(p) for p in params))
         verdicts, distances = [], []
-        faults = np.split(make_faults(num_steps, is_poisoned), NUM_CHUNKS)
+        faults = make_faults(num_steps, args.broken if is_poisoned else 0)
         title = f"{name}, {'broken' if is_poisoned else 'clean'} batches".ljust(40)
-        for i, chunk in enumerate(tqdm(faults, title)):
+        for i, chunk in enumerate(tqdm(np.split(faults, NUM_CHUNKS), title)):
             key = jax.random.fold_in(jax.random.key(args.seed), i)
             params, opt_states, told = train(
                 name, args.search, graphs, params, opt_states, images, chunk, key
@@ -245,7 +247,7 @@ def main() -> None:
             distances.append(distance(made, images))
             verdicts.append(np.asarray(told))
         verdicts = np.concatenate(verdicts, axis=1)
-        runs[name, is_poisoned] = Run(distances, verdicts, made[:16])
+        runs[name, is_poisoned] = Run(distances, faults, verdicts, made[:16])
 
     print_table(runs)
     draw(runs, args.out)
