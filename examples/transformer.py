@@ -11,8 +11,8 @@ schedule is low, and the schedule multiplies it. Here that is ten times the rate
 too much for the middle of the run, where AdamW is ahead, and mended by the decay: with
 seed 0 they end at 2.17 (AdamW) and 2.10 nats a character (lalerg) on held-out text.
 
-The full run takes about 2 minutes of one x86 core (Python 3.11, JAX 0.10.2). The text is
-that of the Debian package bible-kjv.
+The full run takes about 2 minutes of one x86 core (Python 3.11, JAX 0.10.2). The text
+is that of the Debian package bible-kjv.
 
 Run with: python examples/transformer.py
 """
