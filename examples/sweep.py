@@ -127,29 +127,25 @@ def sweep(
 
 
 def print_table(results: Results, rates: np.ndarray) -> None:
-    """Prints the median over seeds for every rate, and the spread over rates."""
+    """Prints what the seeds came to at every rate."""
     table = Table(
         title="After training",
         caption="medians of the seeds; loss: of the whole training set; in effect: the "
-        "rate before its decay; skipped, reverted: steps of all seeds",
+        "rate before its decay; bad: steps skipped + spent on going back, of all seeds",
     )
-    table.add_column("rate given", justify="right")
-    for name in results:
-        for column in ("loss", "accuracy", "in effect"):
-            table.add_column(f"{name}\n{column}", justify="right")
-    for column in ("skipped", "reverted"):
-        table.add_column(f"lalerg\n{column}", justify="right")
+    for column in ("given", "AdamW loss", "right", "lalerg loss", "right"):
+        table.add_column(column, justify="right")
+    table.add_column("in effect", justify="right")
+    table.add_column("bad", justify="right")
     for i, rate in enumerate(rates):
         cells = [f"{rate:.0e}"]
         for told in results.values():
-            loss, accuracy, found = (
-                np.median(told[k][i]) for k in ("loss", "accuracy", "rate")
-            )
-            cells += [f"{loss:.1e}", f"{accuracy:.1%}", f"{found:.0e}"]
-        counts = (
-            results["lalerg"][k][i].sum() for k in ("num_skipped", "num_reverted")
-        )
-        table.add_row(*cells, *(str(n) for n in counts))
+            loss, accuracy = (np.median(told[k][i]) for k in ("loss", "accuracy"))
+            cells += [f"{loss:.1e}", f"{accuracy:.1%}"]
+        told = results["lalerg"]
+        counts = (str(told[k][i].sum()) for k in ("num_skipped", "num_reverted"))
+        found = f"{np.median(told['rate'][i]):.0e}"
+        table.add_row(*cells, found, " + ".join(counts))
     Console().print(table)
 
 

@@ -40,7 +40,10 @@ import lalerg_optax as lo
 NUM_PROCESSES = 2
 ROWS = 64  # of each process, in each batch
 COLORS = ("#E69F00", "#0072B2")
-MARKS = {lo.Verdict.SKIP: "#777777", lo.Verdict.REVERT: "#CC0033"}
+MARKS = {
+    lo.Verdict.SKIP: ("#777777", "skips the batch"),
+    lo.Verdict.REVERT: ("#CC0033", "goes back"),
+}
 
 
 def bad_steps(num_steps: int) -> tuple[range, range]:
@@ -163,58 +166,38 @@ def print_table(told: list[dict[str, np.ndarray]], num_steps: int) -> None:
     table.add_column("step", justify="right")
     for process in range(NUM_PROCESSES):
         for name in ("own rows", "value", "verdict"):
-            table.add_column(f"{name}\n{process}", justify="right")
-    shown = [range(1), *bad_steps(num_steps), range(num_steps - 1, num_steps)]
-    for steps in shown:
-        around = range(max(0, steps.start - 1), min(steps.stop + 1, num_steps))
-        for step in around:
-            cells = (
-                (f"{t['own_loss'][step]:.3g}", f"{t['loss'][step]:.3g}", verdict)
-                for t in told
-                for verdict in [lo.Verdict(t["verdict"][step]).name]
-            )
-            is_last = step == around[-1]
-            row = (cell for three in cells for cell in three)
-            table.add_row(str(step), *row, end_section=is_last)
+            table.add_column(f"{name}\nprocess {process}", justify="right")
+    for bad in bad_steps(num_steps):
+        for step in range(bad.start - 1, bad.stop + 1):
+            row = [str(step)]
+            for t in told:
+                losses = (f"{t[name][step]:.3g}" for name in ("own_loss", "loss"))
+                row += [*losses, lo.Verdict(t["verdict"][step]).name]
+            table.add_row(*row, end_section=step == bad.stop)
     Console().print(table)
 
 
 def draw(told: list[dict[str, np.ndarray]], path: str) -> None:
-    """Saves the figure: the losses of both processes, and their verdicts."""
+    """Saves the figure: the losses of both processes above their verdicts."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     for process, (t, color) in enumerate(zip(told, COLORS, strict=True)):
-        axes.plot(
-            t["own_loss"], color=color, lw=0.9, label=f"rows of process {process}"
-        )
-        for verdict, mark in MARKS.items():
+        label = f"rows of process {process}"
+        top.plot(t["own_loss"], color=color, lw=0.9, label=label)
+        for verdict, (mark, label) in MARKS.items():
             steps = np.flatnonzero(t["verdict"] == verdict)
-            height = np.full(len(steps), 0.04 + 0.07 * process)
-            what = "skips" if verdict == lo.Verdict.SKIP else "goes back"
-            axes.plot(
-                *(steps, height),
-                "|",
-                color=mark,
-                ms=9,
-                label=f"process {process} {what} ({'lower' if process == 0 else 'upper'} row)",
-                transform=axes.get_xaxis_transform(),
-            )
-    for steps, text in zip(bad_steps(len(t["loss"])), ("NaN", "x -300"), strict=True):
-        axes.axvspan(steps.start - 0.5, steps.stop - 0.5, color="#FFCCCC", lw=0)
-        text = f"process 1\nis fed {text} "
-        axes.text(
-            steps.start,
-            0.97,
-            text,
-            ha="right",
-            va="top",
-            size=9,
-            transform=axes.get_xaxis_transform(),
-        )
-    axes.set(yscale="log", xlabel="step", ylabel="training loss of the rows")
-    axes.set_title("Only process 1 has bad data; both decide alike", size=10)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+            style = {"color": mark, "ms": 11, "label": label if process else None}
+            bottom.plot(steps, np.full(len(steps), process), "|", **style)
+    kinds = ("process 1\nis fed NaN ", "process 1: \n inputs x -300 ")
+    for steps, kind in zip(bad_steps(len(t["loss"])), kinds, strict=True):
+        place = {"ha": "right", "va": "top", "transform": top.get_xaxis_transform()}
+        top.text(steps.start, 0.95, kind, size=9, **place)
+        for axes in (top, bottom):
+            axes.axvspan(steps.start - 1, steps.stop, color="#FFCCCC", lw=0)
+    top.set(yscale="log", ylabel="training loss")
+    bottom.set(xlabel="step", ylabel="process", yticks=(0, 1), ylim=(1.7, -0.7))
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def check(told: list[dict[str, np.ndarray]], num_steps: int) -> None:
