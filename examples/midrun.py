@@ -14,7 +14,7 @@ a batch is objected to. The regulator begins with no history; with seed 0 it als
 a good batch whose loss is six times that of its neighbours, soon after the adoption.
 
 Run with: python examples/midrun.py
-It takes 7 seconds on 2 x86 cores.
+It takes 12 seconds of processor time (x86).
 """
 
 import argparse
@@ -195,8 +195,8 @@ def print_table(runs: list[Run], accuracies: list[float], apart: list[float]) ->
     """Prints how the three runs ended."""
     table = Table(
         title="After training",
-        caption="loss: mean of the last 20 batches; differs: largest relative difference "
-        "of a loss from that of the run with good batches, until a batch is skipped",
+        caption="loss: mean of the last 20 batches; differs: largest relative "
+        "difference from the losses of the first run, until a batch is skipped",
     )
     for column in ("run", "accuracy", "loss", "skipped", "reverted", "differs"):
         table.add_column(column, justify="left" if column == "run" else "right")

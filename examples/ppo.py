@@ -1,18 +1,29 @@
-"""Trains CartPole with PPO: a noisy objective that may be negative, and moves.
+"""Trains CartPole with PPO: a noisy objective, of either sign, that moves.
 
-Proximal policy optimization on gymnax' CartPole, environment and all inside `jit`,
-several seeds at once by `vmap`. The loss is that of the policy, plus half of that of
-the values, less an entropy bonus; it has either sign, and it *rises* when the agent
-gets better, because longer episodes have returns that are harder to predict. AdamW is
-compared with lalerg, without search (AdamW's own rule, protected) and with search,
-each told the PPO loss as `value`, or None (judged by gradient norm alone), at a good
-learning rate and at rates that are too high.
+Proximal policy optimization on gymnax' CartPole, environments and updates inside one
+`jit`, rates and seeds at once by `vmap`. AdamW is compared with lalerg: "protected" is
+AdamW's own rule under the regulator (`search=False`), "search" is lalerg as it is. Both
+are told the PPO loss as `value`, or None, which leaves the gradient norm to judge by;
+at a rate that suits AdamW, and at rates 10 and 100 times higher.
 
-What one learns:
-LEARNT
+What one learns is mostly what not to expect (4 seeds, 1,600 gradient steps):
+
+* The loss tells little. It rises from 25 to 50 while the agent learns its first things,
+  because returns of longer episodes are harder to predict, and leaps from one rollout
+  to the next. Told the loss, the regulator skips 1 to 3 % of the steps of runs in which
+  nothing is wrong and spends 0.3 to 0.6 % on going back; told None at most 0.3 %.
+* At the two rates at which AdamW learns (1e-3, 1e-2), protection neither helps nor hurts
+  beyond what seeds differ by. At 1e-1 nothing learns reliably. Protected runs end higher
+  there in the median, but the ranges overlap: four seeds do not tell.
+* The search finds a rate of about 1e-2 from all three, but does not repair what the
+  first steps did: a policy that no longer explores gives no gradient to come back by.
+  At 1e-1 it ends no better than AdamW, and at 1e-3 it loses seeds that AdamW does not.
+
+So take a rate that is known to work, and if protection from NaN is wanted, pass None.
 
 Run with: python examples/ppo.py
-It takes TIME on 2 x86 cores; install with: python -m pip install -e ".[examples,rl]"
+It takes three minutes of processor time (x86), and one more package:
+python -m pip install -e ".[rl]"
 """
 
 import argparse
@@ -286,7 +297,8 @@ def draw(
         panels[0, i].set_title(f"Rate {rate:.0e}" + (f" ({factor:.0f}x)" * (i > 0)))
         panels[-1, i].set_xlabel("environment steps, thousands")
     panels[0, 0].set(ylabel="steps of an episode", ylim=(0, 510))
-    panels[1, 0].set(ylabel="PPO loss", yscale="symlog")
+    panels[1, 0].set_ylabel("PPO loss")
+    panels[1, 0].set_yscale("symlog", linthresh=0.01)
     panels[2, 0].set(ylabel="learning rate in effect", yscale="log")
     labels = [c.name for c in runs]
     lines = panels[0, 0].get_lines()

@@ -6,12 +6,15 @@ A perceptron with two hidden layers learns scikit-learn's handwritten digits. Wi
 one step for the whole grid. Both optimizers have a linear decay to zero, which is what
 AdamW likes best; the swept number is where it starts.
 
-What one learns: AdamW is good at one or two of the rates, and a sweep is there to find
-them. With lalerg the loss hardly depends on the rate that is given, because the macro
-level multiplies it by a factor that it finds; the last panel shows what comes of it.
+What one learns: AdamW has the right loss at one or two of the rates, and a sweep is
+there to find them. With lalerg it hardly matters which rate is given, because the macro
+level multiplies it by a factor that it finds; the last panel shows what comes of it. On
+test images lalerg is as good at all rates as AdamW is at its best one, not better: the
+lower training loss buys nothing here. The search is bold, which costs 10 to 50 of the
+3,000 steps of a row, skipped or spent on going back.
 
 Run with: python examples/sweep.py
-It takes 60 seconds on 2 x86 cores.
+It takes 35 seconds of processor time (x86).
 """
 
 import argparse

@@ -11,7 +11,7 @@ processes skip, or go back, at the same step, also the one whose rows were fine,
 their weights stay the same bit for bit.
 
 Run with: python examples/two_processes.py
-It takes 15 seconds on 2 x86 cores and stops by itself after --timeout in any case.
+It takes 20 seconds of processor time (x86), and ends after --timeout in any case.
 """
 
 import argparse
