@@ -65,8 +65,8 @@ class Plan(NamedTuple):
 
 def make_plan(num_steps: int) -> Plan:
     """Returns when to save, to poison and to hand back."""
-    thirds, half, back = num_steps // 3, num_steps // 2, num_steps * 3 // 4
-    return Plan(thirds, half, back, num_steps, min(20, num_steps // 12))
+    third, half, late = num_steps // 3, num_steps // 2, num_steps * 3 // 4
+    return Plan(third, half, late, num_steps, min(20, num_steps // 12))
 
 
 def init_params(seed: int) -> optax.Params:
@@ -249,7 +249,7 @@ def main() -> None:
     protected = Run(SAVED, (params, lo.adopt(tx, params, opt_state)), plan.adopted)
     protected.go_on(make_step(tx), bad, plan.handed_back)
 
-    # ... and handed back; AdamW has no place for the damping, which ought to be 1 again
+    # ... and handed back; AdamW has no place for the damping, which should be 1 again
     params, opt_state = protected.carry
     damping = float(lo.metrics(opt_state)["damping"])
     protected.carry = params, lo.adopt(adamw, params, opt_state)
@@ -265,7 +265,7 @@ def main() -> None:
         ratios = np.array(run.losses[: len(expected)])[healthy] / expected[healthy]
         apart.append(float(np.abs(ratios - 1.0).max()))
     print_table(runs, accuracies, apart)
-    print(f"Handed back at a damping of {damping:.3g}.")
+    print(f"Handed back at a damping of {damping:.3g}; below 1, the rate jumps up.")
     draw([before, *runs], plan, args.out)
     print(f"The figure is in {args.out}")
 

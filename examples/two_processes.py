@@ -94,11 +94,11 @@ def work(process: int, args: argparse.Namespace) -> None:
     everywhere = NamedSharding(mesh, PartitionSpec())
     tx = lo.lalerg(1e-3)
 
-    def init() -> tuple[optax.Params, optax.OptState]:
+    def init():
         params = init_params(jax.random.key(args.seed))
         return params, tx.init(params)
 
-    def loss_fn(params: optax.Params, x: jax.Array, y: jax.Array) -> tuple:
+    def loss_fn(params, x, y):
         scores = jax.nn.relu(x @ params["hidden"]) @ params["out"]
         losses = optax.softmax_cross_entropy_with_integer_labels(scores, y)
         return losses.mean(), losses
