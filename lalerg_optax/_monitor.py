@@ -105,8 +105,8 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     num_micro_held          steps at which the micro level kept its state (int32)
     ======================  ========================================================
 
-    With ``local=True`` also, for each leaf (``"grad_norm/encoder/kernel"``) with gradient
-    ``g``, update ``u`` and params ``p``,
+    With ``local=True`` also, for each leaf (``"grad_norm/encoder/kernel"``), whose
+    gradient is ``g``, update ``u`` and params ``p``,
 
     ==========================  ====================================================
     key                         meaning
