@@ -135,6 +135,11 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       >>> report = lo.metrics(tx.init(jnp.zeros(3)))
       >>> lo.Verdict(int(report["verdict"])).name, float(report["damping"])
       ('ACCEPT', 1.0)
+      >>> tx = lo.error_regulate(optax.sgd(0.1), local=True)
+      >>> params = {"kernel": jnp.ones(4)}
+      >>> _, state = tx.update(params, tx.init(params), params, value=2.0)
+      >>> round(float(lo.metrics(state)["update_ratio/kernel"]), 3)
+      0.1
     """
     regulators = find_states(opt_state, ErrorRegulateState)
     macros = find_states(opt_state, ScaleByMacroRateState)
