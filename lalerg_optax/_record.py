@@ -283,11 +283,14 @@ def _warning(group: str, num_skips: int, num_reverts: int, part: Block) -> str:
     }
     counts = {name: int((flag & is_rejected).sum()) for name, flag in signals.items()}
     ranked = sorted(counts, key=lambda name: -counts[name])
-    causes = [f"{name} ({counts[name]} steps)" for name in ranked if counts[name]]
+    causes = [
+        f"{name} ({_number(counts[name], 'step')})" for name in ranked if counts[name]
+    ]
     text = (
-        f"{'of ' + group.strip('/') + ': ' if group else ''}{num_reverts} reverts and "
-        f"{num_skips} skips in {len(is_rejected)} steps (up to step "
-        f"{int(part['step'][-1])}): protection can hide a bug; look at "
+        f"{'of ' + group.strip('/') + ': ' if group else ''}"
+        f"{_number(num_reverts, 'revert')} and {_number(num_skips, 'skip')} in "
+        f"{len(is_rejected)} steps (up to step {int(part['step'][-1])}): protection "
+        f"can hide a bug; look at "
         f"{', '.join(causes) or 'the learning rate: the search went back'}."
     )
     gradient = _leading_leaf(part, "grad_norm/", is_rejected)
@@ -298,8 +301,12 @@ def _warning(group: str, num_skips: int, num_reverts: int, part: Block) -> str:
     is_before = ~is_rejected & np.append(is_rejected[1:], False)
     mover = _leading_leaf(part, "predicted_decrease/", is_before)
     if mover:
-        text += f" The step before was mostly one of {mover} (predicted decrease)."
+        text += f" Just before, the leaf that moved the loss most was {mover}."
     return text
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _leading_leaf(part: Block, prefix: str, rows: np.ndarray) -> str:

@@ -1,8 +1,8 @@
 """Figures of a run, from what a `Recorder` recorded. Needs Matplotlib.
 
 All functions return a ``matplotlib.figure.Figure`` and leave pyplot alone: nothing is
-shown and no global state changes. A notebook that has imported pyplot shows a figure at
-the end of a cell; elsewhere, ``figure.savefig(path)``.
+shown and no global state changes. A notebook with ``%matplotlib inline`` shows a figure
+at the end of a cell; elsewhere, ``figure.savefig(path)``.
 """
 
 from collections.abc import Mapping

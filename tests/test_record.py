@@ -332,7 +332,7 @@ def test_a_warning_says_who_objected_and_where():
     assert "the gradient norm (3 steps)" in message
     assert "what is not finite (3 steps)" in message
     assert "largest gradient was that of encoder/kernel (one that is not" in message
-    assert "mostly one of head" in message
+    assert "the leaf that moved the loss most was head." in message
 
 
 def test_each_regulator_of_a_partition_is_counted_by_itself():
