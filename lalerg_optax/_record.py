@@ -1,6 +1,7 @@
 """Recorder: the metrics of a run as arrays, and a warning when reverts pile up."""
 
 import collections
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from ._monitor import metrics
 
 Block = dict[str, Any]  # scalars of some steps by name, arrays of one length
 
+_REPORT = ""  # no name of a scalar
 _STEPS_A_REVERT = 2
 _NOT_FINITE = 0.99 * LARGEST
 
@@ -37,10 +39,32 @@ class Writer(Protocol):
         """Writes one scalar of one step."""
 
 
-# A copy, because what is only passed through would be gone with a donated state.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Report:
+    """Metrics in one vector for each dtype, which are quick to make and to fetch."""
+
+    vectors: list[Any]
+    names: tuple[tuple[str, ...], ...] = dataclasses.field(metadata={"static": True})
+
+
 @jax.jit
-def _report(opt_state: optax.OptState) -> dict[str, jax.Array]:
-    return jax.tree.map(jnp.copy, metrics(opt_state))
+def _report(opt_state: optax.OptState) -> _Report:
+    told = metrics(opt_state)
+    kinds: dict[Any, list[str]] = {}
+    for name, x in told.items():
+        kinds.setdefault(x.dtype, []).append(name)
+    vectors = [jnp.stack([told[name] for name in names]) for names in kinds.values()]
+    return _Report(vectors, tuple(map(tuple, kinds.values())))
+
+
+def _unpacked(block: Block) -> Block:
+    """Returns a block of numpy arrays, in which the report is taken apart."""
+    scalars = {name: np.atleast_1d(x) for name, x in block.items() if name != _REPORT}
+    report = block.get(_REPORT, _Report([], ()))
+    for names, vector in zip(report.names, report.vectors, strict=True):
+        scalars |= zip(names, vector[:, None], strict=True)
+    return scalars
 
 
 class Recorder:
@@ -126,7 +150,7 @@ class Recorder:
           ValueError: if something is no scalar.
           TypeError: if called inside of ``jit``.
         """
-        told = {} if opt_state is None else _report(opt_state)
+        told = {} if opt_state is None else {_REPORT: _report(opt_state)}
         self._append({**told, **_checked(scalars, ndim=0)}, 1)
 
     def extend(self, stacked: Mapping[str, Any] | None = None, /, **more: Any) -> None:
@@ -180,10 +204,7 @@ class Recorder:
             taken.append(self._pending.popleft())
         if not taken:
             return
-        blocks = [
-            {name: np.atleast_1d(x) for name, x in block.items()}
-            for block in jax.device_get(taken)
-        ]
+        blocks = [_unpacked(block) for block in jax.device_get(taken)]
         if self._writer is not None:
             for block in blocks:
                 for name in block.keys() - {"step"}:
@@ -251,8 +272,9 @@ def _joined(blocks: list[Block]) -> Block:
     names = dict.fromkeys(["step", *(name for block in blocks for name in block)])
 
     def column(block: Block, name: str) -> np.ndarray:
-        gap = np.full(len(block["step"]), np.nan, np.float32)
-        return block.get(name, gap)
+        if name in block:
+            return block[name]
+        return np.full(len(block["step"]), np.nan, np.float32)
 
     return {
         name: np.concatenate([column(block, name) for block in blocks])
