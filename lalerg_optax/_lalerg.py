@@ -27,6 +27,7 @@ def lalerg(
     search: bool = True,
     threshold: jax.typing.ArrayLike = 6.0,
     anchor_every: jax.typing.ArrayLike = 32,
+    local: bool = False,
     anchor_dtype: jax.typing.DTypeLike | None = None,
     anchor_memory: str = "device",
     axis_name: str | tuple[str, ...] | None = None,
@@ -78,6 +79,7 @@ def lalerg(
         rate is the user's, times the damping of the regulator.
       threshold: see `error_regulate`.
       anchor_every: see `error_regulate`.
+      local: see `error_regulate`; True tells what a step did to each leaf.
       anchor_dtype: see `error_regulate`; ``"bfloat16"`` halves the anchor.
       anchor_memory: see `error_regulate`.
       axis_name: see `error_regulate`.
@@ -129,5 +131,6 @@ def lalerg(
         anchor_memory=anchor_memory,
         clip_norm=clip_norm,
         audit=search,
+        local=local,
         axis_name=axis_name,
     )

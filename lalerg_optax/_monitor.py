@@ -1,12 +1,15 @@
 """Monitoring: what was decided, and why, read from the optimizer's state."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from ._judge import Judgement
+from ._local import LocalView
 from ._macro import ScaleByMacroRateState
 from ._micro import ScaleByMicroRateState
 from ._regulate import ErrorRegulateState, RegulatorScalars
@@ -24,6 +27,7 @@ _JUDGEMENT_FIELDS = (
     "avg_value",
     "best_value",
 )
+_VARIABLE = (jax.tree_util.GetAttrKey("value"),)  # how the path to a leaf ends in NNX
 
 
 def find_states(opt_state: Any, kind: type) -> dict[str, Any]:
@@ -54,6 +58,19 @@ def _label(path: tuple[Any, ...], kinds: Any) -> str:
         for key in path
         if isinstance(key, kinds)
     )
+
+
+def _of_leaves(regulator: ErrorRegulateState) -> Iterator[tuple[str, str, jax.Array]]:
+    """Yields name, leaf and scalar of all that the local view tells."""
+    vectors = jax.tree.leaves(regulator.local)  # NNX wraps them in variables
+    paths = [path for path, _ in jax.tree.leaves_with_path(regulator.anchor)]
+    if all(path[-1:] == _VARIABLE for path in paths):
+        paths = [path[:-1] for path in paths]
+    leaves = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
+    for name, vector in zip(LocalView._fields, vectors, strict=True):
+        for i, leaf in enumerate(leaves):
+            scalar = lax.index_in_dim(vector, i, axis=-1, keepdims=False)
+            yield name.removeprefix("leaf_"), leaf, scalar
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
@@ -88,7 +105,20 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     num_micro_held          steps at which the micro level kept its state (int32)
     ======================  ========================================================
 
-    All others are float32. Values that are not finite show as 1e37.
+    With ``local=True`` also, for each leaf (``"grad_norm/encoder/kernel"``), whose
+    gradient is ``g``, update ``u`` and params ``p``,
+
+    ==========================  ====================================================
+    key                         meaning
+    ==========================  ====================================================
+    grad_norm/<leaf>            ``|g|`` before clipping, told of rejected steps, too
+    effective_rate/<leaf>       ``|u| / |g|``: the learning rate that SGD would need
+    update_ratio/<leaf>         ``|u| / |p|``: how far the weights went
+    predicted_decrease/<leaf>   ``-<g, u>``: by how much the loss falls, to first order
+    ==========================  ====================================================
+
+    of which the last three are 0 where a step is rejected. All others are float32.
+    Values that are not finite show as 1e37.
 
     Args:
       opt_state: the state of an optimizer with a part of this package in it.
@@ -105,6 +135,11 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       >>> report = lo.metrics(tx.init(jnp.zeros(3)))
       >>> lo.Verdict(int(report["verdict"])).name, float(report["damping"])
       ('ACCEPT', 1.0)
+      >>> tx = lo.error_regulate(optax.sgd(0.1), local=True)
+      >>> params = {"kernel": jnp.ones(4)}
+      >>> _, state = tx.update(params, tx.init(params), params, value=2.0)
+      >>> round(float(lo.metrics(state)["update_ratio/kernel"]), 3)
+      0.1
     """
     regulators = find_states(opt_state, ErrorRegulateState)
     macros = find_states(opt_state, ScaleByMacroRateState)
@@ -126,6 +161,9 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         for name in _JUDGEMENT_FIELDS:
             scalars = regulator.judge_state.scalars
             report[label + name] = read(Judgement, scalars, name)
+        if regulator.local is not None:
+            for name, leaf, scalar in _of_leaves(regulator):
+                report[f"{label}{name}/{leaf}".rstrip("/")] = scalar
     for label, macro in macros.items():
         for name in ("macro_rate", "is_searching", "num_macro_held"):
             report[label + name] = getattr(macro, name)

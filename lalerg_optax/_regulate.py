@@ -28,6 +28,7 @@ from ._checks import (
 )
 from ._gate import count_if
 from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge, overrule
+from ._local import LocalView, act_in_turn, init_local, leaf_squares
 from ._scalars import Scalars, pack, read, unpack
 
 _MIN_ANCHOR_EVERY = 5  # steps; odd, so that a swing to and fro is not back at its start
@@ -78,12 +79,14 @@ class ErrorRegulateState(NamedTuple):
       judge_state: history of the two signals and the last judgement.
       anchor: the params that a revert goes back to, a tree like the params.
       inner_state: the state of the wrapped transformation.
+      local: what the last step did to each leaf; None unless asked for.
     """
 
     scalars: Scalars
     judge_state: JudgeState
     anchor: optax.Params
     inner_state: optax.OptState
+    local: LocalView | None = None
 
     def __getattr__(self, name: str) -> jax.Array:
         return read(RegulatorScalars, self.scalars, name)
@@ -210,6 +213,7 @@ def error_regulate(
     recovery_steps: jax.typing.ArrayLike = 64,
     clip_norm: jax.typing.ArrayLike | None = None,
     audit: bool = False,
+    local: bool = False,
     anchor_dtype: jax.typing.DTypeLike | None = None,
     anchor_memory: str = "device",
     axis_name: str | tuple[str, ...] | None = None,
@@ -317,6 +321,9 @@ def error_regulate(
       clip_norm: if given, gradients are scaled down to this global norm, above 0;
         the norm is judged before.
       audit: whether to look back at the anchor before moving it (see above).
+      local: whether to tell, too, what a step did to each leaf of the params:
+        `metrics` then has ``"update_ratio/<leaf>"`` and others. Costs nothing when off;
+        when on, one more pass over gradients, updates and params.
       anchor_dtype: dtype of the anchor of real params, ``"bfloat16"`` say, which
         takes half of the memory; by default that of the params. A revert then goes
         back to the rounded params. It has to have the range of float32.
@@ -375,6 +382,8 @@ def error_regulate(
     is_flat = inner is None
     if is_flat and audit:
         raise ValueError("audit needs the gradient, which the flat form does not see.")
+    if is_flat and local:
+        raise ValueError("local needs the gradient, which the flat form does not see.")
     if not is_flat:
         check_transformation("inner", inner)
     chained = optax.with_extra_args_support(optax.identity() if is_flat else inner)
@@ -385,6 +394,7 @@ def error_regulate(
             judge_state=init_judge(),
             anchor=copy_params(params, anchor_dtype, anchor_memory),
             inner_state=chained.init(params),
+            local=init_local(params) if local else None,
         )
 
     def update_fn(
@@ -409,6 +419,7 @@ def error_regulate(
         last = unpack(RegulatorScalars, state.scalars)
         grad_norm = global_norm(updates)
         value = as_loss(value)
+        squares = leaf_squares(updates, params) if local else None
         if axis_name is not None:
             value, grad_norm = lax.pmean((value, grad_norm), axis_name)
 
@@ -509,17 +520,33 @@ def error_regulate(
         gate = jnp.where(is_skipped, 0.0, damping)
         home = at_hand(is_reverted, anchor, params)
 
-        def act(p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
+        def act(gate: jax.Array, p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
             damped = (gate * u).astype(p.dtype)
             step = jnp.where(is_reverted, a.astype(p.dtype) - p, damped)
             is_safe = jnp.isfinite(p + step)  # of 0 * nan, too
             return jnp.where(is_safe, step, jnp.zeros((), p.dtype))
 
-        return jax.tree.map(act, params, inner_updates, home), ErrorRegulateState(
+        view = None
+        if squares is None:
+            steps = jax.tree.map(
+                functools.partial(act, gate), params, inner_updates, home
+            )
+        else:
+            steps, view = act_in_turn(
+                act,
+                gate,
+                (params, inner_updates, home),
+                updates,
+                squares,
+                is_accepted=is_accepted,
+                axis_name=axis_name,
+            )
+        return steps, ErrorRegulateState(
             scalars=scalars,
             judge_state=judge_state,
             anchor=anchor,
             inner_state=inner_state,
+            local=view,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,341 @@
+"""Recorder: the metrics of a run as arrays, and a warning when reverts pile up."""
+
+import collections
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ._checks import check_range
+from ._judge import LARGEST, Verdict
+from ._monitor import metrics
+
+Block = dict[str, Any]  # scalars of some steps by name, arrays of one length
+
+_REPORT = ""  # no name of a scalar
+_STEPS_A_REVERT = 2
+_NOT_FINITE = 0.99 * LARGEST
+
+
+class InterventionWarning(UserWarning):
+    """So many steps were skipped or reverted that something deserves a look.
+
+    Example:
+      >>> import warnings, lalerg_optax as lo
+      >>> warnings.simplefilter("error", lo.InterventionWarning)  # stop the run
+      >>> warnings.simplefilter("ignore", lo.InterventionWarning)  # or say nothing
+    """
+
+
+class Writer(Protocol):
+    """Whatever can write a scalar, such as ``tensorboardX.SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Writes one scalar of one step."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Report:
+    """Metrics in one vector for each dtype, which are quick to make and to fetch."""
+
+    vectors: list[Any]
+    names: tuple[tuple[str, ...], ...] = dataclasses.field(metadata={"static": True})
+
+
+@jax.jit
+def _report(opt_state: optax.OptState) -> _Report:
+    told = metrics(opt_state)
+    kinds: dict[Any, list[str]] = {}
+    for name, x in told.items():
+        kinds.setdefault(x.dtype, []).append(name)
+    vectors = [jnp.stack([told[name] for name in names]) for names in kinds.values()]
+    return _Report(vectors, tuple(map(tuple, kinds.values())))
+
+
+def _unpacked(block: Block) -> Block:
+    """Returns a block of numpy arrays, in which the report is taken apart."""
+    scalars = {name: np.atleast_1d(x) for name, x in block.items() if name != _REPORT}
+    report = block.get(_REPORT, _Report([], ()))
+    for names, vector in zip(report.names, report.vectors, strict=True):
+        scalars |= zip(names, vector[:, None], strict=True)
+    return scalars
+
+
+class Recorder:
+    r"""Records the metrics of a run, one entry a step.
+
+    What is recorded stays on the device at first and is fetched in batches, when the
+    device is long done with it, so that recording does not hold up the steps to come.
+
+    At each fetch the recorder counts interventions. With more than ``max_skips`` steps
+    skipped or more than ``max_reverts`` reverts (of two steps each) in the last
+    ``window`` steps it raises a Python warning, an `InterventionWarning`, that says
+    which signal objected and, with ``local=True``, in which leaf; at most once in
+    ``window`` steps for each regulator. Protection can hide a bug. Less than 3 steps in
+    10,000 are rejected where nothing is wrong; if that happens independently, more than
+    10 in 500 come once in :math:`10^{16}` steps. A search from a rate that is far too
+    high does need a few reverts, which is why the first ones are not told.
+
+    Args:
+      writer: where each scalar is written as it is fetched: any object with
+        ``add_scalar(tag, value, step)``, such as ``tensorboardX.SummaryWriter(logdir)``
+        (``pip install lalerg_optax[tensorboard]``).
+      first_step: number of the first step, for a run that is resumed.
+      fetch_every: steps in a batch, at least 1. The last one or two batches are on the
+        device still.
+      window: steps in which interventions are counted, at least 1.
+      max_skips: steps that may be skipped in them, at least 0.
+      max_reverts: reverts that they may have in them, at least 0.
+
+    Raises:
+      ValueError: for an argument outside of its range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx = lo.error_regulate(optax.sgd(0.1))
+      >>> params = jnp.array([1.0, -2.0])
+      >>> state, recorder = tx.init(params), lo.Recorder()
+      >>> for loss in (5.0, jnp.nan, 4.0):
+      ...     updates, state = tx.update(params, state, params, value=loss)
+      ...     recorder.record(state, loss=loss)
+      >>> history = recorder.history()
+      >>> history["step"].tolist(), history["verdict"].tolist()
+      ([0, 1, 2], [0, 1, 0])
+
+      A file of it is ``np.savez(path, **history)``, and back ``dict(np.load(path))``.
+    """
+
+    def __init__(
+        self,
+        writer: Writer | None = None,
+        *,
+        first_step: int = 0,
+        fetch_every: int = 100,
+        window: int = 500,
+        max_skips: int = 10,
+        max_reverts: int = 5,
+    ):
+        check_range("fetch_every", fetch_every, 1, float("inf"))
+        check_range("window", window, 1, float("inf"))
+        check_range("max_skips", max_skips, 0, float("inf"))
+        check_range("max_reverts", max_reverts, 0, float("inf"))
+        self._writer = writer
+        self._next_step = first_step
+        self._fetch_every = fetch_every
+        self._window = window
+        self._max_skips = max_skips
+        self._max_reverts = max_reverts
+        self._pending: collections.deque[Block] = collections.deque()
+        self._num_pending = 0
+        self._fetched: list[Block] = []
+        self._last_warning: dict[str, int] = {}
+
+    def record(self, opt_state: optax.OptState = None, /, **scalars: Any) -> None:
+        """Records one step.
+
+        Args:
+          opt_state: the optimizer's state after the step. It may be donated to the
+            next one. None where the step itself returns its metrics:
+            ``record(loss=loss, **report)``.
+          **scalars: what else there is to record, such as the loss. Not every step
+            needs to have every name: ``history`` has NaN in the gaps.
+
+        Raises:
+          ValueError: if something is no scalar.
+          TypeError: if called inside of ``jit``.
+        """
+        told = {} if opt_state is None else {_REPORT: _report(opt_state)}
+        self._append({**told, **_checked(scalars, ndim=0)}, 1)
+
+    def extend(self, stacked: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        """Records the steps of a ``jax.lax.scan``.
+
+        Args:
+          stacked: what the steps returned, such as `metrics`, by name: arrays whose
+            only axis is that of the steps.
+          **more: further arrays of that length, such as the losses.
+
+        Raises:
+          ValueError: if something has not this one axis.
+          TypeError: if called inside of ``jit``.
+        """
+        block = _checked({**(stacked or {}), **more}, ndim=1)
+        lengths = {name: len(x) for name, x in block.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"all arrays must have one length, got {lengths}.")
+        self._append(block, next(iter(lengths.values())))
+
+    def flush(self) -> None:
+        """Fetches and writes all that was recorded; waits for the device."""
+        self._fetch(0)
+
+    def history(self) -> dict[str, np.ndarray]:
+        """Returns all that was recorded; waits for the device.
+
+        Returns:
+          A dict of arrays with an entry for each step, by name; ``"step"`` has their
+          numbers. Where a name was not recorded there is NaN.
+        """
+        self.flush()
+        return _joined(self._fetched) if self._fetched else {"step": np.zeros(0, int)}
+
+    def _append(self, block: Block, length: int) -> None:
+        block["step"] = np.arange(self._next_step, self._next_step + length)
+        self._next_step += length
+        self._pending.append(block)
+        self._num_pending += length
+        if self._num_pending >= 2 * self._fetch_every:
+            self._fetch(self._fetch_every)
+
+    def _fetch(self, num_left: int) -> None:
+        """Fetches the oldest steps; at least so many are left where they are."""
+        taken = []
+        while self._pending:
+            length = len(self._pending[0]["step"])
+            if self._num_pending - length < num_left:
+                break
+            self._num_pending -= length
+            taken.append(self._pending.popleft())
+        if not taken:
+            return
+        blocks = [_unpacked(block) for block in jax.device_get(taken)]
+        if self._writer is not None:
+            for block in blocks:
+                for name in block.keys() - {"step"}:
+                    for step, x in zip(block["step"], block[name], strict=True):
+                        self._writer.add_scalar(name, float(x), int(step))
+        joined = _joined(blocks)
+        self._fetched.append(joined)
+        self._watch(len(joined["step"]))
+
+    def _watch(self, num_new: int) -> None:
+        """Warns where interventions pile up in a window that ends at a new step."""
+        recent: list[Block] = []
+        num_recent = 0
+        for block in reversed(self._fetched):
+            recent.insert(0, block)
+            num_recent += len(block["step"])
+            if num_recent >= num_new + self._window:
+                break
+        tail = _joined(recent)
+        for name in tail:
+            if name.rpartition("/")[2] != "verdict":
+                continue
+            group = name.removesuffix("verdict")
+            num_skips = _sums(tail[name] == Verdict.SKIP, self._window)
+            num_reverts = _sums(tail[name] == Verdict.REVERT, self._window)
+            num_reverts = -(-num_reverts // _STEPS_A_REVERT)
+            is_many = num_skips > self._max_skips
+            is_many |= num_reverts > self._max_reverts
+            is_many[:-num_new] = False
+            last = self._last_warning.get(group)
+            if last is not None:
+                is_many &= tail["step"] >= last + self._window
+            if not is_many.any():
+                continue
+            end = int(np.argmax(np.where(is_many, num_skips + num_reverts, -1)))
+            self._last_warning[group] = int(tail["step"][end])
+            window = slice(max(0, end + 1 - self._window), end + 1)
+            part = {
+                key.removeprefix(group): x[window]
+                for key, x in tail.items()
+                if key.startswith(group) or key == "step"
+            }
+            text = _warning(group, int(num_skips[end]), int(num_reverts[end]), part)
+            warnings.warn(text, InterventionWarning, stacklevel=4)
+
+
+def _checked(scalars: dict[str, Any], *, ndim: int) -> Block:
+    """Returns scalars, or stacked ones, that nobody else can donate."""
+    kept = {}
+    for name, x in scalars.items():
+        if isinstance(x, jax.core.Tracer):
+            raise TypeError(
+                f"{name} is a tracer: a Recorder works outside of jit. Inside, return "
+                "lo.metrics(opt_state) and record what comes out."
+            )
+        kept[name] = jnp.copy(x) if isinstance(x, jax.Array) else np.asarray(x)
+        if kept[name].ndim != ndim:
+            wanted = "an array over steps (one axis)" if ndim else "a scalar"
+            raise ValueError(f"{name} must be {wanted}, got shape {np.shape(x)}.")
+    return kept
+
+
+def _joined(blocks: list[Block]) -> Block:
+    """Returns blocks as one; where a name is missing there is NaN."""
+    names = dict.fromkeys(["step", *(name for block in blocks for name in block)])
+
+    def column(block: Block, name: str) -> np.ndarray:
+        if name in block:
+            return block[name]
+        return np.full(len(block["step"]), np.nan, np.float32)
+
+    return {
+        name: np.concatenate([column(block, name) for block in blocks])
+        for name in names
+    }
+
+
+def _sums(flags: np.ndarray, window: int) -> np.ndarray:
+    """Returns how many of the last flags are set, at each of them."""
+    total = np.cumsum(flags)
+    return total - np.concatenate([np.zeros(window, total.dtype), total])[: len(total)]
+
+
+def _warning(group: str, num_skips: int, num_reverts: int, part: Block) -> str:
+    """Returns what to say of a window: how much was done, and who objected."""
+    is_rejected = part["verdict"] != Verdict.ACCEPT
+
+    def error(name: str) -> np.ndarray:
+        return part.get(name, np.zeros(len(is_rejected)))
+
+    errors = error("scaled_error"), error("scaled_norm_error")
+    is_infinite = np.maximum(*errors) >= _NOT_FINITE
+    signals = {
+        "what is not finite": is_infinite,
+        "the loss": (errors[0] > 1.0) & ~is_infinite,
+        "the gradient norm": (errors[1] > 1.0) & ~is_infinite,
+        "a slow rise of the loss": error("scaled_drift") > 1.0,
+    }
+    counts = {name: int((flag & is_rejected).sum()) for name, flag in signals.items()}
+    ranked = sorted(counts, key=lambda name: -counts[name])
+    causes = [
+        f"{name} ({_number(counts[name], 'step')})" for name in ranked if counts[name]
+    ]
+    text = (
+        f"{'of ' + group.strip('/') + ': ' if group else ''}"
+        f"{_number(num_reverts, 'revert')} and {_number(num_skips, 'skip')} in "
+        f"{len(is_rejected)} steps (up to step {int(part['step'][-1])}): protection "
+        f"can hide a bug; look at "
+        f"{', '.join(causes) or 'the learning rate: the search went back'}."
+    )
+    gradient = _leading_leaf(part, "grad_norm/", is_rejected)
+    if gradient:
+        norm = np.nanmax(part[f"grad_norm/{gradient}"][is_rejected])
+        size = "one that is not finite" if norm >= _NOT_FINITE else f"up to {norm:.1e}"
+        text += f" There the largest gradient was that of {gradient} ({size})."
+    is_before = ~is_rejected & np.append(is_rejected[1:], False)
+    mover = _leading_leaf(part, "predicted_decrease/", is_before)
+    if mover:
+        text += f" Just before, the leaf that moved the loss most was {mover}."
+    return text
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _leading_leaf(part: Block, prefix: str, rows: np.ndarray) -> str:
+    """Returns the leaf that is the largest at most of some steps; ``""`` for none."""
+    leaves = [name for name in part if name.startswith(prefix)]
+    if not leaves or not rows.any():
+        return ""
+    values = np.stack([np.nan_to_num(part[name][rows]) for name in leaves])
+    winner = np.bincount(values.argmax(axis=0)).argmax()
+    return leaves[int(winner)].removeprefix(prefix)

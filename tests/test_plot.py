@@ -1,0 +1,170 @@
+"""Figures: what was recorded is what is drawn, and no global state changes."""
+
+import subprocess
+import sys
+import textwrap
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from lalerg_optax import Verdict, plot
+
+NUM_STEPS = 50
+
+
+def make_history():
+    """Returns a run with a skip at 10, not finite, and a revert at 20 and 21."""
+    ones = np.ones(NUM_STEPS)
+    verdict = np.zeros(NUM_STEPS, int)
+    verdict[10], verdict[20:22] = Verdict.SKIP, Verdict.REVERT
+    loss = np.geomspace(2.0, 0.1, NUM_STEPS)
+    loss[10], loss[20] = np.nan, 30.0
+    error = 0.1 * np.sin(np.arange(NUM_STEPS))
+    error[10], error[20] = 1e37, 4.0
+    leaf = np.where(verdict == Verdict.ACCEPT, 1e-3, 0.0)
+    return {
+        "step": np.arange(100, 100 + NUM_STEPS),
+        "loss": loss,
+        "avg_value": np.geomspace(2.0, 0.1, NUM_STEPS),
+        "verdict": verdict,
+        "macro_rate": 4.0 * ones,
+        "damping": np.where(np.arange(NUM_STEPS) < 20, 1.0, 0.5),
+        "scaled_error": error,
+        "scaled_norm_error": 0.5 * error,
+        "scaled_drift": 0.0 * ones,
+        "update_ratio/params/hidden/kernel": leaf,
+        "update_ratio/params/out/kernel": 10.0 * leaf,
+        "predicted_decrease/params/out/kernel": leaf * np.linspace(-1, 1, NUM_STEPS),
+        "predicted_decrease/params/hidden/kernel": leaf,
+    }
+
+
+def lines(axes):
+    return {line.get_label().split(":")[0]: line for line in axes.get_lines()}
+
+
+def test_verdicts_are_marked_at_their_steps_on_the_loss():
+    history = make_history()
+    axes = plot.run(history).axes[0]
+    drawn = axes.get_lines()[0]
+    np.testing.assert_array_equal(drawn.get_xdata(), history["step"])
+    np.testing.assert_array_equal(drawn.get_ydata(), history["loss"])
+    skipped, reverted = lines(axes)["skipped"], lines(axes)["reverted"]
+    assert skipped.get_xdata().tolist() == [110]
+    assert reverted.get_xdata().tolist() == [120, 121]
+    np.testing.assert_array_equal(reverted.get_ydata(), history["loss"][20:22])
+    assert 10.0 < skipped.get_ydata()[0] < axes.get_ylim()[1], "near the top"
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[0].endswith("(1)")
+    assert labels[1].endswith("(2)")
+    assert labels[2] == "at the top: not finite (1)"
+
+
+def test_rates_are_drawn_with_their_product():
+    history = make_history()
+    drawn = lines(plot.run(history).axes[1])
+    np.testing.assert_array_equal(
+        drawn["both together"].get_ydata(), history["macro_rate"] * history["damping"]
+    )
+    np.testing.assert_array_equal(
+        drawn["damping (after reverts)"].get_ydata(), history["damping"]
+    )
+
+
+def test_errors_are_drawn_against_the_threshold_and_clipped_with_a_mark():
+    axes = plot.run(make_history()).axes[2]
+    drawn = lines(axes)
+    assert set(drawn["above"].get_ydata()) == {1.0}
+    error = drawn["loss"].get_ydata()
+    assert error[20] == 4.0
+    assert error[10] == axes.get_ylim()[1] == 10.0
+    marks = [line for line in axes.get_lines() if line.get_marker() == "^"]
+    assert marks[0].get_xdata().tolist() == [110]
+
+
+def test_every_axis_says_what_it_shows():
+    figure = plot.run(make_history())
+    assert all(axes.get_ylabel() for axes in figure.axes)
+    assert figure.axes[-1].get_xlabel() == "step"
+    assert all(axes.get_legend() for axes in figure.axes)
+
+
+def test_without_a_loss_the_average_is_drawn():
+    history = make_history()
+    del history["loss"]
+    axes = plot.run(history).axes[0]
+    assert axes.get_ylabel() == "average loss"
+    np.testing.assert_array_equal(axes.get_lines()[0].get_ydata(), history["avg_value"])
+
+
+def test_one_group_of_several_is_drawn_by_its_name():
+    history = make_history()
+    shared = {"step", "loss"}
+    grouped = {k if k in shared else f"encoder/{k}": x for k, x in history.items()}
+    axes = plot.run(grouped, group="encoder").axes[0]
+    assert lines(axes)["skipped"].get_xdata().tolist() == [110]
+    heat = plot.layers(grouped, group="encoder").axes[0]
+    assert len(heat.get_yticklabels()) == 2
+    with pytest.raises(ValueError, match="history has no verdict"):
+        plot.run(grouped)
+
+
+def test_negative_and_constant_losses_are_drawn_on_a_linear_axis():
+    for loss in (np.linspace(-1.0, -2.0, NUM_STEPS), np.zeros(NUM_STEPS)):
+        axes = plot.run(make_history() | {"loss": loss}).axes[0]
+        assert axes.get_yscale() == "linear"
+
+
+def test_layers_are_rows_and_steps_are_columns():
+    figure = plot.layers(make_history(), "update_ratio")
+    axes, bar = figure.axes
+    (image,) = axes.get_images()
+    table = image.get_array()
+    assert table.shape == (2, NUM_STEPS)
+    assert [t.get_text() for t in axes.get_yticklabels()] == [
+        "hidden/kernel",
+        "out/kernel",
+    ]
+    np.testing.assert_allclose(table[1, 5] / table[0, 5], 10.0)
+    assert table.mask[:, [10, 20, 21]].all(), "grey where rejected"
+    assert not table.mask[:, :10].any()
+    assert image.get_extent()[:2] == [99.5, 149.5]
+    assert "|u| / |p|" in bar.get_ylabel()
+
+
+def test_the_sign_of_a_predicted_decrease_is_seen():
+    image = plot.layers(make_history(), "predicted_decrease").axes[0].get_images()[0]
+    assert image.norm.vmin == -image.norm.vmax
+    assert image.norm(0.0) == pytest.approx(0.5)
+
+
+def test_what_was_not_recorded_is_a_value_error():
+    with pytest.raises(ValueError, match="local=True"):
+        plot.layers({"loss": np.ones(3)}, "update_ratio")
+
+
+@pytest.mark.parametrize("draw", [plot.run, plot.layers])
+def test_a_figure_is_saved_and_leaves_no_trace(draw, tmp_path):
+    before = dict(mpl.rcParams)
+    figure = draw(make_history())
+    assert isinstance(figure, Figure)
+    figure.savefig(tmp_path / "figure.png", dpi=40)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert dict(mpl.rcParams) == before
+
+
+def test_pyplot_is_not_imported():
+    script = """
+        import sys
+        from lalerg_optax import plot
+        print("matplotlib.pyplot" in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
