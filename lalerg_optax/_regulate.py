@@ -21,7 +21,9 @@ from ._anchor import (
     move,
 )
 from ._checks import (
+    MISSING,
     as_loss,
+    check_params,
     check_range,
     check_state,
     check_state_type,
@@ -417,14 +419,10 @@ def error_regulate(
         state: ErrorRegulateState,
         params: optax.Params | None = None,
         *,
-        value: jax.typing.ArrayLike | None,
+        value: jax.typing.ArrayLike | None = MISSING,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ErrorRegulateState]:
-        if params is None:
-            raise ValueError(
-                "error_regulate needs the params: call update(grads, state, params, "
-                "value=loss)."
-            )
+        check_params("error_regulate", params)
         check_state_type("error_regulate", state, ErrorRegulateState)
         check_updates("error_regulate", updates, params)
         check_state("error_regulate", state, init_fn, params)
