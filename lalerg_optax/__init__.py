@@ -1,5 +1,11 @@
 """Two-Level Adaptive Learning with Error-Regulated Gradient, for Optax."""
 
+from ._adapters import Carrier as Carrier
+from ._adapters import TracksParamsState as TracksParamsState
+from ._adapters import carry_value as carry_value
+from ._adapters import tracks_params as tracks_params
+from ._adapters import value_from_gradient as value_from_gradient
+from ._adapters import without_value as without_value
 from ._adopt import adopt as adopt
 from ._apply import apply_updates as apply_updates
 from ._history import LossHistory as LossHistory

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MISSING: Any = object()  # a value that was forgotten, which is not None
+
 
 def check_range(
     name: str,
@@ -55,6 +57,14 @@ def as_loss(value: jax.typing.ArrayLike | None) -> jax.Array | None:
     """Returns ``value`` as a float32 scalar; None stays None."""
     if value is None:
         return None
+    if value is MISSING:
+        raise TypeError(
+            "update needs the keyword 'value', the mean loss of the batch: call "
+            "update(grads, state, params, value=loss). Where a library makes the call "
+            "and passes none, wrap the optimizer: lalerg_optax.without_value(tx) "
+            "judges by gradient norm alone, lalerg_optax.value_from_gradient(tx) gets "
+            "the loss through the gradient."
+        )
     if isinstance(value, tuple | list):
         raise TypeError(
             f"value must be a scalar, the mean loss of the batch, got a "
@@ -113,6 +123,16 @@ def check_updates(link: str, updates: Any, model: Any) -> None:
             f"{link} got gradients (or updates) that are not like the params: "
             f"{difference}. Pass the gradient of the mean loss with respect to the "
             "params that init was called with."
+        )
+
+
+def check_params(link: str, params: Any) -> None:
+    """Raises a ValueError if there are no params."""
+    if params is None:
+        raise ValueError(
+            f"{link} needs the params: call update(grads, state, params, value=loss). "
+            "Where a library makes the call and passes none, wrap the optimizer in "
+            "lalerg_optax.tracks_params(tx)."
         )
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ._anchor import Audit
-from ._checks import as_loss, check_range, check_state_type
+from ._checks import MISSING, as_loss, check_range, check_state_type
 from ._gate import count_if, open_gate
 from ._judge import LARGEST, Verdict
 from ._scalars import Scalars, pack, read, unpack
@@ -409,7 +409,7 @@ def scale_by_macro_rate(
         state: ScaleByMacroRateState,
         params: optax.Params | None = None,
         *,
-        value: jax.typing.ArrayLike | None,
+        value: jax.typing.ArrayLike | None = MISSING,
         verdict: jax.Array | None = None,
         audit: Audit | None = None,
         **extra_args: Any,

@@ -1,6 +1,8 @@
 """Error regulation: judge every step; accept, skip or revert it."""
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +21,9 @@ from ._anchor import (
     move,
 )
 from ._checks import (
+    MISSING,
     as_loss,
+    check_params,
     check_range,
     check_state,
     check_state_type,
@@ -101,6 +105,30 @@ def _keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:
     dtype = jnp.result_type(new)
     is_scalar_float = jnp.ndim(new) == 0 and jnp.issubdtype(dtype, jnp.inexact)
     return jnp.where(jnp.isfinite(new), new, old) if is_scalar_float else new
+
+
+def _with_own_args(value_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a line search's function, to which our own arguments may be passed.
+
+    Optax passes an extra argument on to it where its signature has the name, and takes
+    one that is not there for an error.
+    """
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return value_fn(
+            *args, **{k: v for k, v in kwargs.items() if k not in _OWN_EXTRA_ARGS}
+        )
+
+    theirs = inspect.signature(value_fn)
+    ours = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+        for name in _OWN_EXTRA_ARGS
+        if name not in theirs.parameters
+    ]
+    parameters = [*theirs.parameters.values(), *ours]
+    parameters.sort(key=lambda parameter: parameter.kind)  # **kwargs comes last
+    vars(wrapped)["__signature__"] = theirs.replace(parameters=parameters)
+    return wrapped
 
 
 def _damp(
@@ -296,10 +324,9 @@ def error_regulate(
     every case, and to a single entry that is not finite on every step.
 
     Two forms. *Nested*, ``error_regulate(inner)``: ``inner`` sees a zero gradient, a
-    ``value`` that is always usable, and the verdict (extra argument ``verdict``,
-    unless a line search's ``value_fn`` is among the extra arguments, because Optax
-    passes all others on to it); links of this package then keep their state. A scalar
-    in the state of ``inner`` that becomes NaN or infinite keeps its last value.
+    ``value`` that is always usable, and the verdict (extra argument ``verdict``);
+    links of this package then keep their state. A scalar in the state of ``inner`` that
+    becomes NaN or infinite keeps its last value.
 
     *Flat*, ``error_regulate()`` at the end of a chain: the incoming updates are no
     gradients and their size follows the schedule, so only the loss is judged, and
@@ -402,14 +429,10 @@ def error_regulate(
         state: ErrorRegulateState,
         params: optax.Params | None = None,
         *,
-        value: jax.typing.ArrayLike | None,
+        value: jax.typing.ArrayLike | None = MISSING,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ErrorRegulateState]:
-        if params is None:
-            raise ValueError(
-                "error_regulate needs the params: call update(grads, state, params, "
-                "value=loss)."
-            )
+        check_params("error_regulate", params)
         check_state_type("error_regulate", state, ErrorRegulateState)
         check_updates("error_regulate", updates, params)
         check_state("error_regulate", state, init_fn, params)
@@ -480,8 +503,9 @@ def error_regulate(
         extra_args["value"] = usable_value
         if "grad" in extra_args:  # line searches take the gradient a second time
             extra_args["grad"] = grads
-        if "value_fn" not in extra_args:  # and hand all else on to their value_fn
-            extra_args |= {"verdict": verdict, "audit": report}
+        if "value_fn" in extra_args:  # and hand all else on to their value_fn
+            extra_args["value_fn"] = _with_own_args(extra_args["value_fn"])
+        extra_args |= {"verdict": verdict, "audit": report}
         inner_updates, inner_state = chained.update(
             grads, state.inner_state, params, **extra_args
         )

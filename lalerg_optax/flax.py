@@ -2,6 +2,31 @@
 
 ``flax.nnx.Optimizer`` needs nothing: ``optimizer.update(model, grads, value=loss)``
 forwards the loss as it is.
+
+Batch statistics are made in the forward pass, before anything is judged, and a NaN in a
+running average stays there. Where a step was not accepted, keep those of before. With
+linen::
+
+    updated = state.apply_gradients(grads=grads, value=loss, batch_stats=new_stats)
+    is_accepted = lo.metrics(updated.opt_state)["verdict"] == lo.Verdict.ACCEPT
+    stats = jax.tree.map(
+        lambda a, b: jnp.where(is_accepted, a, b), new_stats, state.batch_stats
+    )
+    state = updated.replace(batch_stats=stats)
+
+and with NNX, ``before`` taken in front of the forward pass::
+
+    before = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+    ...
+    optimizer.update(model, grads, value=loss)
+    is_accepted = lo.metrics(optimizer.opt_state)["verdict"] == lo.Verdict.ACCEPT
+    after = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+    nnx.update(
+        model, jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), after, before)
+    )
+
+A revert takes params to the anchor and leaves the statistics where the last accepted
+step has put them; they follow within the memory of their average.
 """
 
 from typing import Any

@@ -136,6 +136,44 @@ def test_extra_args_of_an_outer_regulator_do_not_leak():
     assert inside["audit"] is None
 
 
+def test_a_line_searchs_function_beside_the_loss_changes_nothing_for_other_links():
+    tx, params = FORMS["lalerg"](), TREES["float32"]
+    alone, _, _ = train(tx, params)
+    beside, state, _ = train(tx, params, grad=params, value_fn=square_loss)
+    assert lo.metrics(state)["num_audits_passed"] > 0
+    chex.assert_trees_all_equal(beside, alone)
+
+
+@pytest.mark.parametrize(
+    ("value_fn", "extra"),
+    [
+        (square_loss, {"target": 3.0}),
+        (lambda params, **kwargs: square_loss(params, **kwargs), {}),
+        (functools.partial(square_loss, target=2.0), {}),
+    ],
+    ids=["by name", "all keywords", "partial"],
+)
+def test_a_line_search_gets_what_its_function_takes(value_fn, extra):
+    params = TREES["float32"]
+    search = optax.scale_by_backtracking_linesearch(15)
+    results = []
+    for tx in (search, lo.error_regulate(search)):
+        tx = optax.chain(optax.sgd(1.0), tx)
+        loss, grads = jax.value_and_grad(value_fn)(params, **extra)
+        updates, _ = tx.update(
+            grads,
+            tx.init(params),
+            params,
+            value=loss,
+            grad=grads,
+            value_fn=value_fn,
+            **extra,
+        )
+        results.append(updates)
+    chex.assert_trees_all_close(*results)
+    assert np.any(results[0]["w"] != 0)
+
+
 @pytest.mark.parametrize("form", ["lalerg", "regulated-adam"])
 def test_a_verdict_from_outside_is_ignored(form):
     tx, params = FORMS[form](), TREES["float32"]

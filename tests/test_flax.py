@@ -99,6 +99,40 @@ def test_nan_batch_leaves_the_params_of_an_nnx_model_bit_identical(name, batch):
     assert optimizer.step[...] == 4
 
 
+@nnx.jit
+def nnx_step_with_clean_statistics(model, optimizer, batch):
+    """The step of the documentation of `lalerg_optax.flax`."""
+    before = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+
+    def loss_fn(model):
+        return cross_entropy(model(batch[0]), batch[1])
+
+    loss, grads = nnx.value_and_grad(loss_fn)(model)
+    optimizer.update(model, grads, value=loss)
+    is_accepted = lo.metrics(optimizer.opt_state)["verdict"] == Verdict.ACCEPT
+    after = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+    nnx.update(
+        model, jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), after, before)
+    )
+
+
+def nnx_statistics(model):
+    return jax.tree.map(jnp.copy, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
+
+
+def test_batch_statistics_of_a_rejected_step_of_nnx_can_be_kept_out(batch):
+    model, optimizer = nnx_model_and_optimizer("error_regulate")
+    start = nnx_statistics(model)
+    nnx_step_with_clean_statistics(model, optimizer, batch)
+    before = nnx_statistics(model)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(before, start)
+    nnx_step_with_clean_statistics(model, optimizer, poisoned(batch))
+    chex.assert_trees_all_equal(nnx_statistics(model), before)
+    nnx_step(model, optimizer, poisoned(batch))  # the user's forward pass sets them
+    assert any(jnp.any(jnp.isnan(x)) for x in jax.tree.leaves(nnx_statistics(model)))
+
+
 def test_nnx_update_without_value_is_a_type_error():
     model, optimizer = nnx_model_and_optimizer("lalerg")
     grads = nnx.state(model, nnx.Param)
@@ -175,6 +209,31 @@ def test_nan_batch_leaves_the_params_of_a_linen_model_bit_identical(name, batch)
     assert lo.metrics(after.opt_state)["verdict"] == Verdict.SKIP
     chex.assert_trees_all_equal(after.params, state.params)
     assert after.step == state.step + 1
+
+
+@jax.jit
+def linen_step_with_clean_statistics(state, batch):
+    """The step of the documentation of `lalerg_optax.flax`."""
+    _, updated = linen_step(state, batch)
+    is_accepted = lo.metrics(updated.opt_state)["verdict"] == Verdict.ACCEPT
+    stats = jax.tree.map(
+        lambda a, b: jnp.where(is_accepted, a, b),
+        updated.batch_stats,
+        state.batch_stats,
+    )
+    return updated.replace(batch_stats=stats)
+
+
+def test_batch_statistics_of_a_rejected_step_of_linen_can_be_kept_out(batch):
+    start = linen_state(OPTIMIZERS["error_regulate"]())
+    state = linen_step_with_clean_statistics(start, batch)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(state.batch_stats, start.batch_stats)
+    after = linen_step_with_clean_statistics(state, poisoned(batch))
+    chex.assert_trees_all_equal(after.batch_stats, state.batch_stats)
+    _, as_it_is = linen_step(state, poisoned(batch))
+    stats = jax.tree.leaves(as_it_is.batch_stats)
+    assert any(jnp.any(jnp.isnan(x)) for x in stats)
 
 
 def test_train_state_reverts_bit_for_bit_where_params_are_not_finite():
