@@ -20,6 +20,7 @@ from ._anchor import (
 )
 from ._checks import (
     as_loss,
+    check_lookahead,
     check_range,
     check_state,
     check_state_type,
@@ -296,6 +297,9 @@ def error_regulate(
     unless a line search's ``value_fn`` is among the extra arguments, because Optax
     passes all others on to it); links of this package then keep their state. A scalar
     in the state of ``inner`` that becomes NaN or infinite keeps its last value.
+    ``optax.lookahead`` has to be all of ``inner``; params are its
+    ``optax.LookaheadParams``, which go back together, and gradients are like them:
+    ``jax.grad(lambda params: loss(params.fast))(params)``.
 
     *Flat*, ``error_regulate()`` at the end of a chain: the incoming updates are no
     gradients and their size follows the schedule, so only the loss is judged, and
@@ -339,8 +343,8 @@ def error_regulate(
         devices do not have that memory; in ``update`` when params are missing,
         ``value`` is no scalar, gradients have not the tree and the shapes of the
         params, or the state is that of other params or of another configuration.
-      TypeError: if ``inner`` is no transformation, ``value`` no number, or the state
-        that of another transformation.
+      TypeError: if ``inner`` is no transformation or one that refuses extra arguments,
+        ``value`` no number, or the state that of another transformation.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo
@@ -380,11 +384,13 @@ def error_regulate(
     chained = optax.with_extra_args_support(optax.identity() if is_flat else inner)
 
     def init_fn(params: optax.Params) -> ErrorRegulateState:
+        inner_state = chained.init(params)
+        check_lookahead(inner_state, params)
         return ErrorRegulateState(
             scalars=pack(RegulatorScalars()),
             judge_state=init_judge(),
             anchor=copy_params(params, anchor_dtype, anchor_memory),
-            inner_state=chained.init(params),
+            inner_state=inner_state,
         )
 
     def update_fn(
@@ -471,6 +477,8 @@ def error_regulate(
             extra_args["grad"] = grads
         if "value_fn" not in extra_args:  # and hand all else on to their value_fn
             extra_args |= {"verdict": verdict, "audit": report}
+        if isinstance(state.inner_state, optax.LookaheadState):
+            grads = grads.fast  # all that it takes; the slow params have none
         inner_updates, inner_state = chained.update(
             grads, state.inner_state, params, **extra_args
         )

@@ -26,6 +26,11 @@ STEPS = {
         optax.adamw(1e-3),
         "float32",
     ),
+    "lalerg, one rate a tensor": (
+        lo.lalerg(micro=lo.scale_by_micro_rate(per_tensor=True)),
+        optax.adamw(1e-3),
+        "float32",
+    ),
     "lalerg, no search, bf16 anchor": (
         lo.lalerg(search=False, anchor_dtype="bfloat16"),
         optax.adamw(1e-3),
