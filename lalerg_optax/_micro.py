@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ._anchor import Audit, is_sound
@@ -80,8 +81,9 @@ def scale_by_micro_rate(
     tensor has one rate, and memory is needed for one moment instead of two. The
     direction within a tensor then is that of the averaged gradient, as in NovoGrad,
     which scales by the norm and before averaging; the size is free of that of the
-    gradient, as in LAMB, but not made proportional to that of the params. Where the
-    tensor is sharded, its mean is one more reduction of a scalar.
+    gradient, as in LAMB, but not made proportional to that of the params. The mean has
+    to be known before the update, for which XLA may store the gradient once more on a
+    CPU; where the tensor is sharded, it is one more reduction of a scalar.
 
     What is added to all this is the gate: a step that is not accepted leaves
     :math:`\mu`, :math:`\nu` and :math:`t` bit for bit as they were and gives a zero
@@ -178,7 +180,7 @@ def scale_by_micro_rate(
     check_range("initial_scale", initial_scale, 0.0, float("inf"))
 
     may_be_zero = not any(isinstance(e, int | float) and e > 0 for e in (eps, eps_root))
-    may_be_sum = not (bias_correction and isinstance(b2, int | float))
+    may_be_sum = not (isinstance(b2, int | float) and np.float32(b2) < 1)
 
     def weight() -> jax.typing.ArrayLike:
         """Returns the weight of a square in the second moment."""
@@ -250,10 +252,10 @@ def scale_by_micro_rate(
             square = squared(g, n.dtype)
             if per_tensor:
                 square = jnp.sum(square) / max(g.size, 1)
-            new = add2 * square + keep2 * healed
-            if may_be_sum:  # which could grow beyond all bounds
-                new = jnp.minimum(new, jnp.finfo(n.dtype).max)
-            return new.astype(n.dtype)
+            if may_be_sum:  # which could overflow; a bound on it would cost a copy
+                half = jnp.finfo(n.dtype).max / 2
+                healed, square = jnp.minimum(healed, half), jnp.minimum(square, half)
+            return (add2 * square + keep2 * healed).astype(n.dtype)
 
         mu = jax.tree.map(averaged, updates, state.mu)
         nu = jax.tree.map(averaged_square, updates, state.nu)
