@@ -132,8 +132,9 @@ def _fit(new: Any, old: Any) -> Any:
     """Returns an array of the old state with the dtype and memory of the new."""
     if jnp.shape(new) != jnp.shape(old):
         raise ValueError(
-            "opt_state is that of other params: where it has the shape "
-            f"{jnp.shape(old)}, the new one has {jnp.shape(new)}."
+            "opt_state is that of other params, or one of the two optimizers has "
+            f"per_tensor: where it has the shape {jnp.shape(old)}, the new one has "
+            f"{jnp.shape(new)}."
         )
     dtype = jnp.result_type(new)
     if jnp.iscomplexobj(old) and not jnp.issubdtype(dtype, jnp.complexfloating):

@@ -1,5 +1,6 @@
 """Checks of what users hand in: hyperparameters when made, all else when traced."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 MISSING: Any = object()  # a value that was forgotten, which is not None
 
@@ -50,6 +52,39 @@ def check_transformation(name: str, inner: Any) -> None:
         raise TypeError(
             f"{name} must be an Optax gradient transformation such as "
             f"optax.sgd(0.1), got {name} = {inner!r}."
+        )
+    if not isinstance(inner, optax.GradientTransformationExtraArgs):
+        return
+    parameters = inspect.signature(inner.update).parameters.values()
+    if all(p.kind != inspect.Parameter.VAR_KEYWORD for p in parameters):
+        names = ", ".join(p.name for p in parameters)
+        raise TypeError(
+            f"{name} must take any extra argument (**extra_args), but its update takes "
+            f"{names} alone. Wrap it in an optax.GradientTransformationExtraArgs that "
+            "takes all, value among them, and hands on what it needs; or let it be "
+            "an optax.GradientTransformation, which is handed none."
+        )
+
+
+def check_lookahead(inner_state: Any, params: Any) -> None:
+    """Raises a ValueError where ``optax.lookahead`` is not all that is wrapped."""
+
+    def is_lookahead(node: Any) -> bool:
+        return isinstance(node, optax.LookaheadState)
+
+    if not any(map(is_lookahead, jax.tree.leaves(inner_state, is_leaf=is_lookahead))):
+        return
+    if not is_lookahead(inner_state):
+        raise ValueError(
+            "optax.lookahead can be no part of a chain, nor a second level, because "
+            "its updates must be applied as they are: wrap it as a whole, "
+            "error_regulate(optax.lookahead(optimizer, ...))."
+        )
+    if not isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            "optax.lookahead has fast and slow params, and both can go back: train "
+            "params = optax.LookaheadParams.init_synced(params) with the gradient "
+            "jax.grad(lambda params: loss(params.fast))(params)."
         )
 
 

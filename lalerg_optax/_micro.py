@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ._anchor import Audit, is_sound
@@ -23,7 +24,8 @@ class ScaleByMicroRateState(NamedTuple):
       num_micro_held: number of steps that left the moments as they were because
         the verdict or a number that is not finite said so, int32, shape ``()``.
       mu: exponential average of the gradients, a tree like the params.
-      nu: exponential average of their squared magnitudes, likewise; real.
+      nu: exponential average, or sum, of their squared magnitudes, likewise; real. With
+        ``per_tensor`` its leaves are scalars.
     """
 
     micro_count: jax.Array
@@ -39,6 +41,9 @@ def scale_by_micro_rate(
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
     gradient_share: jax.typing.ArrayLike = 0.4,
+    bias_correction: bool = True,
+    initial_scale: jax.typing.ArrayLike = 0.0,
+    per_tensor: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales every entry of the gradient by a rate of its own (second level).
@@ -49,13 +54,38 @@ def scale_by_micro_rate(
     .. math::
 
         \mu_t &= b_1 \mu_{t-1} + (1 - b_1) g_t \\
-        \nu_t &= b_2 \nu_{t-1} + (1 - b_2) |g_t|^2 \\
-        u_t &= \frac{(1 - s) \, \mu_t / (1 - b_1^t) + s \, g_t}
-                    {\sqrt{\nu_t / (1 - b_2^t) + eps_{root}} + eps}
+        \nu_t &= b_2 \nu_{t-1} + w |g_t|^2,
+            \quad w = 1 - b_2 \text{, or } 1 \text{ where } b_2 = 1 \\
+        u_t &= \frac{(1 - s) \, \mu_t / c_1 + s \, g_t}
+                    {\sqrt{\nu_t / c_2 + eps_{root}} + eps}, \quad
+            c_i = 1 - b_i^t \text{, or } 1 \text{ without bias_correction}
 
-    which is Adam's rule with quasi-hyperbolic momentum: Adam itself for :math:`s = 0`,
-    close to NAdam for :math:`s = 1 - b_1`, and RMSProp with bias correction for
-    :math:`s = 1`. What is added to it is the gate: a step that is not accepted leaves
+    from :math:`\mu_0 = 0` and :math:`\nu_0` = ``initial_scale``,
+    which is Adam's rule with quasi-hyperbolic momentum, and close to NAdam for
+    :math:`s = 1 - b_1`. With the right arguments it is Optax's
+
+    ::
+
+        # scale_by_adam(b1, b2, eps, eps_root)
+        scale_by_micro_rate(b1, b2, eps, eps_root, gradient_share=0)
+        # RMSProp: scale_by_rms(decay, eps); with eps_in_sqrt=False it is eps=eps
+        scale_by_micro_rate(b2=decay, eps=0, eps_root=eps, gradient_share=1,
+                            bias_correction=False)
+        # AdaGrad: scale_by_rss(initial_accumulator_value, eps)
+        scale_by_micro_rate(b2=1, eps=0, eps_root=eps, gradient_share=1,
+                            bias_correction=False,
+                            initial_scale=initial_accumulator_value)
+
+    (an average of the gradient is kept there, too, though it does not count). With
+    ``per_tensor`` the square is the mean of those of the whole tensor, so that each
+    tensor has one rate, and memory is needed for one moment instead of two. The
+    direction within a tensor then is that of the averaged gradient, as in NovoGrad,
+    which scales by the norm and before averaging; the size is free of that of the
+    gradient, as in LAMB, but not made proportional to that of the params. The mean has
+    to be known before the update, for which XLA may store the gradient once more on a
+    CPU; where the tensor is sharded, it is one more reduction of a scalar.
+
+    What is added to all this is the gate: a step that is not accepted leaves
     :math:`\mu`, :math:`\nu` and :math:`t` bit for bit as they were and gives a zero
     update. Inside `error_regulate` the regulator's verdict is the gate. Alone, the gate
     is whether the squared global norm of the gradient is finite in float32, so that no
@@ -63,13 +93,25 @@ def scale_by_micro_rate(
 
     Moments that no gradients can have made were hit from outside (a flipped bit): a
     :math:`\mu` whose square is not finite in float32, or a :math:`\nu` that is negative
-    or not finite, starts anew at zero. And by Cauchy and Schwarz, for any gradients and
-    if :math:`b_1^2 < b_2`,
+    or not finite, starts anew at its beginning. And an update cannot be larger than
+    gradients can make it. By Cauchy and Schwarz, for any gradients and if
+    :math:`b_1^2 < b_2`,
 
     .. math::
 
-        |u_t| \le \frac{(1 - s) (1 - b_1)}{\sqrt{(1 - b_2) (1 - b_1^2 / b_2)}}
-        + \frac{s}{\sqrt{1 - b_2}}
+        \Big|\sum_i b_1^{t-i} g_i\Big|^2
+        \le \sum_i \Big(\frac{b_1^2}{b_2}\Big)^{t-i} \sum_i b_2^{t-i} |g_i|^2
+        \le \frac{1 - (b_1^2 / b_2)^t}{1 - b_1^2 / b_2} \; \frac{n \nu_t}{w}
+
+    with :math:`n = 1`, or with ``per_tensor`` the number of its entries, of whose
+    squares :math:`\nu` is the mean, and :math:`|g_t|^2 \le n \nu_t / w`. Since
+    :math:`c_2 (1 - (b_1^2 / b_2)^t) \le c_1^2` (multiply out), and an initial scale
+    only adds to :math:`\nu`, with or without bias correction
+
+    .. math::
+
+        |u_t| \le \sqrt{\frac{n}{w}} \left(
+            \frac{(1 - s) (1 - b_1)}{\sqrt{1 - b_1^2 / b_2}} + s \right)
 
     so that an entry whose :math:`u_t` would be more than twice as large (with
     :math:`eps = 0`) stays where it is.
@@ -77,18 +119,23 @@ def scale_by_micro_rate(
     On a REVERT :math:`\mu` is set to zero, because momentum belongs to the path that
     was left; :math:`\nu` stays, because the scale of the gradients does not. Where
     params go back to the very start (``audit.is_restart``, see `error_regulate`),
-    :math:`\nu` and :math:`t` are set to zero as well: gradients of a first step that
-    was a thousand times too far would hold the rates down for :math:`1 / (1 - b_2)`
-    steps.
+    :math:`\nu` and :math:`t` begin anew as well: gradients of a first step that was a
+    thousand times too far would hold the rates down for :math:`1 / (1 - b_2)` steps,
+    and those of a sum for good.
 
     Args:
       b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1); or, without bias correction, 1, which
+        makes it a sum.
       eps: added to the root, at least 0.
       eps_root: added under the root, at least 0.
       gradient_share: weight of the fresh gradient against that of the first moment,
         in [0, 1]. The default is what Ma and Yarats recommend; ``b2`` was chosen with
         it on the tasks that ``benchmarks/tasks.py`` calls DEVELOPMENT.
+      bias_correction: whether to divide both moments by what is in them of the weight
+        of a whole average.
+      initial_scale: the second moment at first, at least 0.
+      per_tensor: whether a tensor has one rate for all of its entries.
       mu_dtype: dtype of ``mu``; by default that of the params, but at least float32.
         ``nu`` is real and at least float32.
 
@@ -97,7 +144,8 @@ def scale_by_micro_rate(
       extra argument ``verdict``. Updates have the dtype of the gradients.
 
     Raises:
-      ValueError: for a hyperparameter outside of its range.
+      ValueError: for a hyperparameter outside of its range, and for a sum with bias
+        correction.
 
     Example:
       >>> import jax.numpy as jnp, lalerg_optax as lo
@@ -115,22 +163,37 @@ def scale_by_micro_rate(
       Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014; Ma and Yarats,
       `Quasi-hyperbolic momentum <https://arxiv.org/abs/1810.06801>`_, 2018; Dozat,
       NAdam, 2016. Earlier rules of the kind are AdaGrad (Duchi et al., 2011), RMSProp
-      (Tieleman and Hinton, 2012) and AdaDelta (Zeiler, 2012).
+      (Tieleman and Hinton, 2012) and AdaDelta (Zeiler, 2012); with a rate for each
+      tensor NovoGrad (Ginsburg et al., 2019) and LAMB (You et al., 2019).
     """
     check_range("b1", b1, 0.0, 1.0, high_open=True)
-    check_range("b2", b2, 0.0, 1.0, high_open=True)
+    if bias_correction and isinstance(b2, int | float) and b2 == 1:
+        raise ValueError(
+            "b2 must be in the range [0.0, 1.0) with bias correction, because a sum of "
+            "squares has no bias: give bias_correction=False, or another b2; got "
+            f"b2 = {b2}."
+        )
+    check_range("b2", b2, 0.0, 1.0, high_open=bias_correction)
     check_range("gradient_share", gradient_share, 0.0, 1.0)
     check_range("eps", eps, 0.0, float("inf"))
     check_range("eps_root", eps_root, 0.0, float("inf"))
+    check_range("initial_scale", initial_scale, 0.0, float("inf"))
 
-    may_be_zero = not (isinstance(eps, int | float) and eps > 0)
+    may_be_zero = not any(isinstance(e, int | float) and e > 0 for e in (eps, eps_root))
+    may_be_sum = not (isinstance(b2, int | float) and np.float32(b2) < 1)
+
+    def weight() -> jax.typing.ArrayLike:
+        """Returns the weight of a square in the second moment."""
+        # in the precision of the decay: one that is rounded to 1 decays nothing
+        is_sum = jnp.asarray(b2, jnp.float32) == 1.0
+        return jnp.where(is_sum, 1.0, 1.0 - b2) if may_be_sum else 1.0 - b2
 
     def largest() -> jax.Array:
-        """Returns the bound on an update; see above."""
+        """Returns the bound on an update, for one entry in its tensor; see above."""
         ratio = jnp.asarray(b1**2 / jnp.maximum(b2, _SMALLEST), jnp.float32)
         series = jnp.where(ratio < 1.0, 1.0 / jnp.sqrt(1.0 - ratio), jnp.inf)
         bound = (1.0 - gradient_share) * (1.0 - b1) * series + gradient_share
-        return jnp.asarray(bound / jnp.sqrt(1.0 - b2), jnp.float32)
+        return jnp.asarray(bound / jnp.sqrt(weight()), jnp.float32)
 
     def wide(x: jax.Array) -> jnp.dtype:
         # a decay of 0.999 is lost in bfloat16, and a square overflows float16
@@ -141,12 +204,16 @@ def scale_by_micro_rate(
             return jnp.square(g.real) + jnp.square(g.imag)
         return jnp.square(g.astype(dtype))
 
+    def initial(p: jax.Array) -> jax.Array:
+        like = jnp.zeros((), p.real.dtype) if per_tensor else p.real
+        return jnp.full_like(like, initial_scale, wide(like))
+
     def init_fn(params: optax.Params) -> ScaleByMicroRateState:
         return ScaleByMicroRateState(
             micro_count=jnp.zeros((), jnp.int32),
             num_micro_held=jnp.zeros((), jnp.int32),
             mu=jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype or wide(p)), params),
-            nu=jax.tree.map(lambda p: jnp.zeros_like(p.real, wide(p.real)), params),
+            nu=jax.tree.map(initial, params),
         )
 
     def update_fn(
@@ -165,27 +232,37 @@ def scale_by_micro_rate(
         # Decays that become "keep", with a gradient that is zero: selecting the old
         # state afterwards would keep old and new alive, and cost a copy.
         keep1, add1 = jnp.where(is_open, b1, 1.0), jnp.where(is_open, 1.0 - b1, 0.0)
-        keep2, add2 = jnp.where(is_open, b2, 1.0), jnp.where(is_open, 1.0 - b2, 0.0)
+        keep2, add2 = jnp.where(is_open, b2, 1.0), jnp.where(is_open, weight(), 0.0)
         count = count_if(is_open, state.micro_count)
         if verdict is not None:
             keep1 = jnp.where(verdict == Verdict.REVERT, 0.0, keep1)
-        if audit is not None:
-            keep2 = jnp.where(audit.is_restart, 0.0, keep2)
-            count = jnp.where(audit.is_restart, 0, count)
+        is_restart = None if audit is None else audit.is_restart
+        if is_restart is not None:
+            count = jnp.where(is_restart, 0, count)
 
         def averaged(g: jax.Array, m: jax.Array) -> jax.Array:
             healed = jnp.where(is_sound(m), m, 0)
             return (add1 * g + keep1 * healed).astype(m.dtype)
 
         def averaged_square(g: jax.Array, n: jax.Array) -> jax.Array:
-            healed = jnp.where((n >= 0) & (n < jnp.inf), n, 0)
-            return (add2 * squared(g, n.dtype) + keep2 * healed).astype(n.dtype)
+            is_kept = (n >= 0) & (n < jnp.inf)
+            if is_restart is not None:
+                is_kept &= ~is_restart
+            healed = jnp.where(is_kept, n, initial_scale)
+            square = squared(g, n.dtype)
+            if per_tensor:
+                square = jnp.sum(square) / max(g.size, 1)
+            if may_be_sum:  # which could overflow; a bound on it would cost a copy
+                half = jnp.finfo(n.dtype).max / 2
+                healed, square = jnp.minimum(healed, half), jnp.minimum(square, half)
+            return (add2 * square + keep2 * healed).astype(n.dtype)
 
         mu = jax.tree.map(averaged, updates, state.mu)
         nu = jax.tree.map(averaged_square, updates, state.nu)
         t = jnp.maximum(count, 1).astype(jnp.float32)
-        gate = jnp.where(is_open, (1.0 - gradient_share) / (1.0 - b1**t), 0.0)
-        debias = 1.0 / (1.0 - b2**t)
+        content1, content2 = (1.0 - b1**t, 1.0 - b2**t) if bias_correction else (1, 1)
+        gate = jnp.where(is_open, (1.0 - gradient_share) / content1, 0.0)
+        debias = 1.0 / content2
         limit = (_TOLERANCE * largest()) ** 2 * debias
 
         def scaled(g: jax.Array, m: jax.Array, n: jax.Array) -> jax.Array:
@@ -195,7 +272,8 @@ def scale_by_micro_rate(
             if may_be_zero:  # an entry without gradients is 0 / 0
                 u = jnp.where(root > 0, u, 0)
             # not from u: XLA would store what is used twice and has a division in it
-            is_impossible = squared(mean, n.dtype) > limit * n + _SMALLEST
+            most = limit * n * max(g.size, 1) if per_tensor else limit * n
+            is_impossible = squared(mean, n.dtype) > most + _SMALLEST
             return jnp.where(is_impossible, 0, u).astype(g.dtype)
 
         return jax.tree.map(scaled, updates, mu, nu), ScaleByMicroRateState(

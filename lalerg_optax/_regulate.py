@@ -23,6 +23,7 @@ from ._anchor import (
 from ._checks import (
     MISSING,
     as_loss,
+    check_lookahead,
     check_params,
     check_range,
     check_state,
@@ -327,6 +328,9 @@ def error_regulate(
     ``value`` that is always usable, and the verdict (extra argument ``verdict``);
     links of this package then keep their state. A scalar in the state of ``inner`` that
     becomes NaN or infinite keeps its last value.
+    ``optax.lookahead`` has to be all of ``inner``; params are its
+    ``optax.LookaheadParams``, which go back together, and gradients are like them:
+    ``jax.grad(lambda params: loss(params.fast))(params)``.
 
     *Flat*, ``error_regulate()`` at the end of a chain: the incoming updates are no
     gradients and their size follows the schedule, so only the loss is judged, and
@@ -373,8 +377,8 @@ def error_regulate(
         devices do not have that memory; in ``update`` when params are missing,
         ``value`` is no scalar, gradients have not the tree and the shapes of the
         params, or the state is that of other params or of another configuration.
-      TypeError: if ``inner`` is no transformation, ``value`` no number, or the state
-        that of another transformation.
+      TypeError: if ``inner`` is no transformation or one that refuses extra arguments,
+        ``value`` no number, or the state that of another transformation.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo
@@ -416,11 +420,13 @@ def error_regulate(
     chained = optax.with_extra_args_support(optax.identity() if is_flat else inner)
 
     def init_fn(params: optax.Params) -> ErrorRegulateState:
+        inner_state = chained.init(params)
+        check_lookahead(inner_state, params)
         return ErrorRegulateState(
             scalars=pack(RegulatorScalars()),
             judge_state=init_judge(),
             anchor=copy_params(params, anchor_dtype, anchor_memory),
-            inner_state=chained.init(params),
+            inner_state=inner_state,
             local=init_local(params) if local else None,
         )
 
@@ -506,6 +512,8 @@ def error_regulate(
         if "value_fn" in extra_args:  # and hand all else on to their value_fn
             extra_args["value_fn"] = _with_own_args(extra_args["value_fn"])
         extra_args |= {"verdict": verdict, "audit": report}
+        if isinstance(state.inner_state, optax.LookaheadState):
+            grads = grads.fast  # all that it takes; the slow params have none
         inner_updates, inner_state = chained.update(
             grads, state.inner_state, params, **extra_args
         )

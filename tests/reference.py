@@ -51,12 +51,33 @@ class LossHistory:
 class MicroRate:
     """``scale_by_micro_rate``."""
 
-    def __init__(self, b1=0.9, b2=0.99, eps=1e-8, eps_root=0.0, gradient_share=0.4):
+    def __init__(
+        self,
+        b1=0.9,
+        b2=0.99,
+        eps=1e-8,
+        eps_root=0.0,
+        gradient_share=0.4,
+        bias_correction=True,
+        initial_scale=0.0,
+        tensors=None,
+    ):
+        """With ``tensors``, the sizes of all tensors, each of them has one rate."""
         self.b1, self.b2, self.eps, self.eps_root = b1, b2, eps, eps_root
         self.gradient_share = gradient_share
+        self.bias_correction = bias_correction
+        self.initial_scale = initial_scale
+        self.tensors = tensors
         self.micro_count = 0
         self.num_micro_held = 0
-        self.mu = self.nu = 0.0
+        self.mu = 0.0
+        self.nu = initial_scale
+
+    def squares(self, grads):
+        if self.tensors is None:
+            return grads**2
+        tensors = np.split(grads, np.cumsum(self.tensors)[:-1])
+        return np.array([sum(g**2) / len(g) for g in tensors])
 
     def update(self, grads, params, value, verdict=None, audit=None):
         if verdict is None:
@@ -66,16 +87,21 @@ class MicroRate:
         if verdict == REVERT:
             self.mu = np.zeros_like(self.mu)
         if audit == RESTART:
-            self.nu = np.zeros_like(self.nu)
+            self.nu = np.full_like(self.nu, self.initial_scale)
             self.micro_count = 0
         if not is_open:
             self.num_micro_held += 1
             return np.zeros_like(params)
         self.micro_count += 1
+        weight = 1.0 if self.b2 == 1 else 1 - self.b2
         self.mu = self.b1 * self.mu + (1 - self.b1) * grads
-        self.nu = self.b2 * self.nu + (1 - self.b2) * grads**2
-        mu = self.mu / (1 - self.b1**self.micro_count)
-        nu = self.nu / (1 - self.b2**self.micro_count)
+        self.nu = self.b2 * self.nu + weight * self.squares(grads)
+        mu, nu = self.mu, self.nu
+        if self.bias_correction:
+            mu = mu / (1 - self.b1**self.micro_count)
+            nu = nu / (1 - self.b2**self.micro_count)
+        if self.tensors is not None:
+            nu = np.repeat(nu, self.tensors)
         mean = (1 - self.gradient_share) * mu + self.gradient_share * grads
         return mean / (np.sqrt(nu + self.eps_root) + self.eps)
 
@@ -560,13 +586,14 @@ def lalerg(
     eps=1e-8,
     weight_decay=1e-4,
     clip_norm=None,
+    micro=None,
     search=True,
     threshold=6.0,
     anchor_every=32,
 ):
     return ErrorRegulate(
         Chain(
-            MicroRate(b1, b2, eps),
+            micro or MicroRate(b1, b2, eps),
             AddDecayedWeights(weight_decay),
             MacroRate(search=search, anneal=not callable(learning_rate)),
             LearningRate(learning_rate),

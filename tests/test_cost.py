@@ -26,6 +26,15 @@ STEPS = {
         optax.adamw(1e-3),
         "float32",
     ),
+    "lalerg, AdaGrad of our own": (
+        lo.lalerg(
+            micro=lo.scale_by_micro_rate(
+                b2=1.0, bias_correction=False, initial_scale=0.1, gradient_share=1.0
+            )
+        ),
+        optax.adamw(1e-3),
+        "float32",
+    ),
     "lalerg, no search, bf16 anchor": (
         lo.lalerg(search=False, anchor_dtype="bfloat16"),
         optax.adamw(1e-3),
@@ -81,6 +90,17 @@ def test_temporaries_of_a_bf16_anchor_that_is_looked_back_at_are_one_copy_at_mos
     compiled = compiled_step(lo.lalerg(anchor_dtype="bfloat16"), make_params())
     assert temporaries(compiled) < 4.02
     assert num_copies(compiled) == 0
+
+
+def test_one_rate_a_tensor_keeps_one_moment_and_needs_one_gradient_more_at_most():
+    micro = lo.scale_by_micro_rate(per_tensor=True)
+    params = make_params()
+    compiled = compiled_step(lo.lalerg(micro=micro), params)
+    assert temporaries(compiled) < 4.02
+    assert num_copies(compiled) == 0
+    state = micro.init(params)
+    num_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert num_bytes == 4 * NUM_PARAMS + 4 * NUM_LEAVES + 8
 
 
 @pytest.mark.parametrize(("anchor_dtype", "width"), [(None, 4), ("bfloat16", 2)])

@@ -18,6 +18,7 @@ import lalerg_optax as lo
 
 regulated_sgd = functools.partial(lo.error_regulate, optax.sgd(0.1))
 flat_regulator = functools.partial(lo.error_regulate, None)
+biased_micro = functools.partial(lo.scale_by_micro_rate, bias_correction=False)
 
 # factory, hyperparameter, its range, good values at the edge, bad ones beyond it
 RANGES = [
@@ -35,6 +36,8 @@ RANGES = [
     (lo.scale_by_micro_rate, "eps", "[0.0, inf)", [0.0, 1], [-1e-8]),
     (lo.scale_by_micro_rate, "eps_root", "[0.0, inf)", [0.0, 1], [-1e-8]),
     (lo.scale_by_micro_rate, "gradient_share", "[0.0, 1.0]", [0.0, 1.0], [-0.1, 2]),
+    (lo.scale_by_micro_rate, "initial_scale", "[0.0, inf)", [0.0, 1], [-0.1]),
+    (biased_micro, "b2", "[0.0, 1.0]", [0.0, 1, 1.0], [-0.1, 1.1, 2]),
     (lo.scale_by_macro_rate, "growth_factor", "[1.0, inf)", [1.0, 4], [0.9, 0, -2.0]),
     (lo.scale_by_macro_rate, "backoff_factor", "(0.0, 1.0]", [0.1, 1], [0.0, 1.1, 2]),
     (lo.scale_by_macro_rate, "slow_growth_factor", "[1.0, inf)", [1], [0.99, -1.0]),
@@ -73,6 +76,8 @@ def factory_name(argument):
         return "error_regulate(sgd)"
     if argument is flat_regulator:
         return "error_regulate()"
+    if argument is biased_micro:
+        return "scale_by_micro_rate(biased)"
     return getattr(argument, "__name__", None)
 
 
@@ -107,6 +112,7 @@ def test_every_numeric_hyperparameter_stands_in_the_table(factory):
     }
     unnumbered = {"inner", "mask", "micro", "search", "axis_name", "mu_dtype", "audit"}
     unnumbered |= {"anneal", "anchor_dtype", "anchor_memory"}
+    unnumbered |= {"bias_correction", "per_tensor"}
     assert set(inspect.signature(factory).parameters) - unnumbered == tabled
 
 

@@ -29,6 +29,16 @@ ODD = {  # hyperparameters, none of them the default
     "clip_norm": 1.5,
 }
 
+ADAGRAD = {
+    "b2": 1.0,
+    "eps": 0.0,
+    "eps_root": 1e-7,
+    "gradient_share": 1.0,
+    "bias_correction": False,
+    "initial_scale": 0.1,
+}
+RMSPROP = {"b2": 0.9, "gradient_share": 0.7, "bias_correction": False}
+
 # What is compared at every step. Some of it is not in all of the optimizers.
 EXACT = {
     "verdict",
@@ -100,6 +110,25 @@ CASES = {
             0.05, search=False, clip_norm=0.5, threshold=3.0, params=p
         ),
         {"drift", "new level"},
+    ),
+    "lalerg with AdaGrad, rate far too high": Case(
+        lambda: lo.lalerg(9.0, micro=lo.scale_by_micro_rate(**ADAGRAD)),
+        lambda p: reference.lalerg(9.0, micro=reference.MicroRate(**ADAGRAD), params=p),
+        {"failed audit", "new level"},
+    ),
+    "lalerg with RMSProp for each tensor": Case(
+        lambda: lo.lalerg(
+            0.05,
+            micro=lo.scale_by_micro_rate(**RMSPROP, per_tensor=True),
+            search=False,
+        ),
+        lambda p: reference.lalerg(
+            0.05,
+            micro=reference.MicroRate(**RMSPROP, tensors=[1, 6]),
+            search=False,
+            params=p,
+        ),
+        {"new level"},
     ),
     "lalerg without value": Case(
         lambda: lo.lalerg(0.3),

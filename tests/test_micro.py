@@ -1,0 +1,301 @@
+"""The micro level is AdaGrad, RMSProp or Adam, or one rate a tensor, as told."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lalerg_optax as lo
+
+NUM_STEPS = 60
+SUM = {"b2": 1, "bias_correction": False}  # of squares
+ONE_MOMENT = {"eps": 0, "gradient_share": 1}  # with eps under the root
+RMS = ONE_MOMENT | {"bias_correction": False}
+
+# name: arguments of the micro level, the rule of Optax that they make
+RULES = {
+    "AdaGrad": (
+        SUM | ONE_MOMENT | {"eps_root": 1e-7, "initial_scale": 0.1},
+        optax.scale_by_rss(),
+    ),
+    "AdaGrad from 0": (
+        SUM | ONE_MOMENT | {"eps_root": 1e-4},
+        optax.scale_by_rss(initial_accumulator_value=0.0, eps=1e-4),
+    ),
+    "AdaGrad from 0 without eps": (
+        SUM | ONE_MOMENT,
+        optax.scale_by_rss(initial_accumulator_value=0.0, eps=0.0),
+    ),
+    "RMSProp": (RMS | {"b2": 0.9, "eps_root": 1e-8}, optax.scale_by_rms()),
+    "RMSProp from 1": (
+        RMS | {"b2": 0.95, "eps_root": 1e-4, "initial_scale": 1.0},
+        optax.scale_by_rms(0.95, 1e-4, initial_scale=1.0),
+    ),
+    "RMSProp, eps outside": (
+        RMS | {"b2": 0.9, "eps": 1e-8},
+        optax.scale_by_rms(eps_in_sqrt=False),
+    ),
+    "RMSProp, unbiased": (
+        ONE_MOMENT | {"b2": 0.9, "eps_root": 1e-8},
+        optax.scale_by_rms(bias_correction=True),
+    ),
+    "RMSProp, unbiased, eps outside": (
+        {"b2": 0.9, "eps": 1e-3, "gradient_share": 1},
+        optax.scale_by_rms(eps=1e-3, eps_in_sqrt=False, bias_correction=True),
+    ),
+    "RMSProp, unbiased, from 1": (
+        {"b2": 0.9, "gradient_share": 1, "initial_scale": 1.0},
+        optax.scale_by_rms(initial_scale=1.0, eps_in_sqrt=False, bias_correction=True),
+    ),
+    "Adam": ({"b2": 0.999, "gradient_share": 0}, optax.scale_by_adam()),
+    "Adam, odd": (
+        {"b1": 0.5, "b2": 0.8, "eps": 1e-2, "eps_root": 1e-3, "gradient_share": 0},
+        optax.scale_by_adam(0.5, 0.8, 1e-2, 1e-3),
+    ),
+}
+all_rules = pytest.mark.parametrize(("chosen", "rule"), RULES.values(), ids=RULES)
+
+
+@functools.cache
+def gradients(is_complex=False):
+    """Returns gradients of many sizes; those of one row are rare, of another none."""
+    rng = np.random.default_rng(0)
+    shapes = {"rows": (5, 3), "bias": (4,), "scalar": ()}
+    tree = {}
+    for name, shape in shapes.items():
+        g = rng.standard_normal((NUM_STEPS, *shape))
+        if is_complex:
+            g = g + 1j * rng.standard_normal((NUM_STEPS, *shape))
+        tree[name] = g * rng.lognormal(0.0, 2.0, shape)
+    tree["rows"][:, 0] = 0.0
+    tree["rows"][np.arange(NUM_STEPS) % 17 != 5, 1] = 0.0
+    dtype = jnp.complex64 if is_complex else jnp.float32
+    return jax.tree.map(lambda g: jnp.asarray(g, dtype), tree)
+
+
+def all_updates(tx, grads, params=None, **extra_args):
+    """Returns the updates of all steps, and the last state."""
+    tx = optax.with_extra_args_support(tx)
+    if params is None:
+        params = jax.tree.map(lambda g: jnp.ones_like(g[0]), grads)
+
+    def step(state, g):
+        updates, state = tx.update(g, state, params, **extra_args)
+        return state, updates
+
+    state, updates = jax.jit(lambda g: jax.lax.scan(step, tx.init(params), g))(grads)
+    return updates, state
+
+
+def assert_close(found, expected, rtol=2e-6):
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-7)
+
+
+@all_rules
+@pytest.mark.parametrize("is_complex", [False, True], ids=["real", "complex"])
+def test_with_the_right_arguments_it_is_the_rule_of_optax(chosen, rule, is_complex):
+    grads = gradients(is_complex)
+    found, state = all_updates(lo.scale_by_micro_rate(**chosen), grads)
+    expected, _ = all_updates(rule, grads)
+    assert_close(found, expected, 5e-6 if is_complex else 2e-6)
+    assert state.micro_count == NUM_STEPS
+    assert state.num_micro_held == 0
+    assert np.all(found["rows"][:, 0] == 0.0)
+
+
+@all_rules
+def test_injected_arguments_make_the_same_rule(chosen, rule):
+    injected = optax.inject_hyperparams(lo.scale_by_micro_rate)(**chosen)
+    found, state = all_updates(injected, gradients())
+    assert "b2" in state.hyperparams
+    expected, _ = all_updates(rule, gradients())
+    assert_close(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["AdaGrad", "RMSProp from 1"])
+def test_a_held_step_keeps_a_second_moment_of_any_kind(name):
+    tx, grads = lo.scale_by_micro_rate(**RULES[name][0]), gradients()
+    state = tx.init(jax.tree.map(lambda g: g[0], grads))
+    _, state = tx.update(jax.tree.map(lambda g: g[0], grads), state)
+    updates, held = tx.update(jax.tree.map(lambda g: g[1] * jnp.nan, grads), state)
+    assert all(np.all(u == 0.0) for u in jax.tree.leaves(updates))
+    jax.tree.map(np.testing.assert_array_equal, held.nu, state.nu)
+    assert held.num_micro_held == 1
+
+
+def test_a_sum_cannot_grow_beyond_what_float32_holds():
+    tx = lo.scale_by_micro_rate(**SUM, gradient_share=1)
+    grads = jnp.full((20, 1), 1.5e19)
+    _, state = all_updates(tx, grads)
+    assert np.isfinite(state.nu)
+    assert state.nu[0] > 3e38
+
+
+@pytest.mark.parametrize("bad", [-1.0, jnp.nan, jnp.inf])
+def test_a_second_moment_that_was_hit_starts_anew_at_its_initial_value(bad):
+    tx = lo.scale_by_micro_rate(**SUM, gradient_share=1, initial_scale=0.25)
+    params = jnp.ones(2)
+    state = tx.init(params)._replace(nu=jnp.array([bad, 4.0]))
+    _, state = tx.update(jnp.array([1.0, 1.0]), state)
+    np.testing.assert_allclose(state.nu, [1.25, 5.0], rtol=1e-6)
+
+
+def largest(chosen, size=1):
+    """Returns the bound of the docstring."""
+    b1, b2 = chosen.get("b1", 0.9), chosen.get("b2", 0.99)
+    share = chosen.get("gradient_share", 0.4)
+    weight = 1.0 if b2 == 1 else 1.0 - b2
+    mean = (1.0 - share) * (1.0 - b1) / np.sqrt(1.0 - b1**2 / b2)
+    return np.sqrt(size / weight) * (mean + share)
+
+
+BOUNDED = {
+    "sum": SUM,
+    "sum from 0.1": SUM | {"initial_scale": 0.1, "b1": 0.5},
+    "biased": {"bias_correction": False},
+    "unbiased": {},
+    "short memory": {"b1": 0.3, "b2": 0.2, "gradient_share": 0.0},
+    "per tensor": {"per_tensor": True},
+    "per tensor, sum": SUM | {"per_tensor": True},
+}
+
+
+@pytest.mark.parametrize("chosen", BOUNDED.values(), ids=BOUNDED)
+def test_no_gradients_make_an_update_larger_than_the_bound(chosen):
+    """The worst ones grow as the proof says: equality in Cauchy and Schwarz."""
+    size = 4 if "per_tensor" in chosen else 1
+    b1, b2 = chosen.get("b1", 0.9), chosen.get("b2", 0.99)
+    share = chosen.get("gradient_share", 0.4)
+    tx = lo.scale_by_micro_rate(**chosen, eps=0.0)
+    grads = np.zeros((NUM_STEPS, 3, size), np.float32)
+    grads[:, 0, 0] = (b1 / b2) ** (NUM_STEPS - 1.0 - np.arange(NUM_STEPS))
+    grads[-1, 1, 0] = 1e4  # all of it in one step
+    grads[:, 2] = np.random.default_rng(1).standard_t(1.2, (NUM_STEPS, size))
+    bound = largest(chosen, size)
+    shares = []
+    for sequence in np.swapaxes(grads, 0, 1):
+        updates, _ = all_updates(tx, jnp.asarray(sequence))
+        shares.append(float(jnp.max(jnp.abs(updates))) / bound)
+    assert max(shares) <= 1.0 + 1e-5
+    # and it is no idle bound: where one of its two terms is all, it is reached
+    expected = 0.99 if share in (0.0, 1.0) else 0.4
+    assert max(shares) > expected * (0.3 if chosen.get("initial_scale") else 1.0)
+
+
+@pytest.mark.parametrize("chosen", BOUNDED.values(), ids=BOUNDED)
+def test_a_first_moment_that_no_gradients_can_have_made_moves_nothing(chosen):
+    tx = lo.scale_by_micro_rate(**chosen)
+    grads = jnp.asarray(np.random.default_rng(2).standard_normal((30, 4)), jnp.float32)
+    updates, state = all_updates(tx, grads)
+    assert np.all(updates[-1] != 0.0)
+    hit = state._replace(mu=state.mu.at[1].set(1e6))
+    after, _ = tx.update(grads[0], hit)
+    assert after[1] == 0.0
+    assert np.all(after[jnp.array([0, 2, 3])] != 0.0)
+
+
+# ---- One rate a tensor ---------------------------------------------------------------
+
+
+def test_per_tensor_is_the_mean_of_squares_of_a_tensor():
+    grads = gradients()
+    found, state = all_updates(
+        lo.scale_by_micro_rate(b2=0.9, gradient_share=1, eps=0, per_tensor=True), grads
+    )
+    for name, leaf in grads.items():
+        g = np.asarray(leaf, np.float64)
+        squares = np.mean(g.reshape(NUM_STEPS, -1) ** 2, axis=1)
+        nu, root = 0.0, []
+        for t, square in enumerate(squares, 1):
+            nu = 0.9 * nu + 0.1 * square
+            root.append(np.sqrt(nu / (1 - 0.9**t)))
+        expected = g / np.reshape(root, (-1,) + (1,) * (g.ndim - 1))
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-7)
+        assert state.nu[name].shape == ()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+def test_per_tensor_second_moments_are_real_scalars_of_full_width(dtype):
+    params = {"w": jnp.ones((3, 2), dtype), "none": jnp.ones((0, 4), dtype)}
+    tx = lo.scale_by_micro_rate(per_tensor=True, initial_scale=0.5)
+    state = tx.init(params)
+    for _ in range(2):
+        for nu in jax.tree.leaves(state.nu):
+            assert (nu.shape, nu.dtype) == ((), jnp.float32)
+            assert np.isfinite(nu)
+        updates, state = tx.update(params, state)
+        assert jax.tree.map(jnp.result_type, updates) == jax.tree.map(
+            jnp.result_type, params
+        )
+        assert np.all(np.isfinite(updates["w"].astype(jnp.complex64)))
+
+
+def test_per_tensor_keeps_the_direction_within_a_tensor():
+    grads = jnp.array([3.0, -4.0, 12.0, 0.0])
+    tx = lo.scale_by_micro_rate(per_tensor=True)
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(updates / updates[0], grads / grads[0], rtol=1e-6)
+    np.testing.assert_allclose(jnp.mean(updates**2), 1.0, rtol=1e-5)
+
+
+# ---- As a part of lalerg -------------------------------------------------------------
+
+
+def noisy_square(tx, num_steps=80, bad=(30, 50, 51, 52)):
+    """Follows a noisy loss from a rate that is far too high, with faults."""
+    rng = np.random.default_rng(3)
+    shift = jnp.asarray(rng.normal(0.0, 0.1, (num_steps, 6)), jnp.float32)
+    factor = np.ones(num_steps, np.float32)
+    factor[list(bad)] = [np.nan, 1e6, 1e6, 1e6]
+
+    def step(carry, batch):
+        params, state = carry
+        shift, factor = batch
+        loss, grads = jax.value_and_grad(lambda p: jnp.mean((p - shift) ** 2))(params)
+        updates, state = tx.update(factor * grads, state, params, value=loss)
+        params = lo.apply_updates(params, updates, state)
+        told = (loss, state.verdict, optax.tree.get(state, "micro_count"))
+        return (params, state), told
+
+    start = jnp.linspace(-1.0, 1.0, 6)
+    carry = (start, tx.init(start))
+    run = jax.jit(lambda c: jax.lax.scan(step, c, (shift, jnp.asarray(factor))))
+    (params, state), told = run(carry)
+    return params, state, told
+
+
+@pytest.mark.parametrize("learning_rate", [0.1, 1e4], ids=["good", "too high"])
+def test_as_micro_of_lalerg_it_is_the_one_that_lalerg_has(learning_rate):
+    own = noisy_square(lo.lalerg(learning_rate))
+    given = noisy_square(lo.lalerg(learning_rate, micro=lo.scale_by_micro_rate()))
+    jax.tree.map(np.testing.assert_array_equal, given, own)
+    assert set(own[2][1].tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("wrap", [lambda micro: micro, lambda m: optax.chain(m)])
+def test_a_restart_sets_a_sum_of_squares_back_to_where_it_began(wrap):
+    adagrad = lo.scale_by_micro_rate(**RULES["AdaGrad"][0])
+    tx = lo.lalerg(1e4, micro=wrap(adagrad), anchor_every=5)
+    params, state, (_, verdicts, counts) = noisy_square(tx)
+    assert np.all(np.isfinite(params))
+    restarts = np.flatnonzero(np.diff(counts) < 0)
+    assert len(restarts) > 0, "the start has to have failed"
+    assert np.all(counts[restarts + 1] == 0)
+    assert np.all(verdicts[restarts + 1] == lo.Verdict.REVERT)
+    held = optax.tree.get(state, "num_micro_held")
+    assert held == np.sum(verdicts != lo.Verdict.ACCEPT)
+    (nu,) = (x.nu for x in jax.tree.leaves(state, is_leaf=is_micro) if is_micro(x))
+    assert np.all(nu < 1e4), "not one that the failed start has left"
+
+
+def is_micro(x):
+    return isinstance(x, lo.ScaleByMicroRateState)
+
+
+def test_a_sum_with_bias_correction_is_a_value_error_that_says_what_to_do():
+    with pytest.raises(ValueError, match=r"a sum .* no bias: give bias_correction=Fal"):
+        lo.scale_by_micro_rate(b2=1)
