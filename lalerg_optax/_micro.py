@@ -24,6 +24,13 @@ class ScaleByMicroRateState(NamedTuple):
         the verdict or a number that is not finite said so, int32, shape ``()``.
       mu: exponential average of the gradients, a tree like the params.
       nu: exponential average of their squared magnitudes, likewise; real.
+
+    Example:
+      >>> import jax.numpy as jnp, lalerg_optax as lo
+      >>> params = jnp.zeros(3, jnp.bfloat16)
+      >>> state = lo.scale_by_micro_rate().init(params)
+      >>> state.mu.shape, str(state.mu.dtype)
+      ((3,), 'float32')
     """
 
     micro_count: jax.Array

@@ -78,6 +78,19 @@ class ErrorRegulateState(NamedTuple):
       judge_state: history of the two signals and the last judgement.
       anchor: the params that a revert goes back to, a tree like the params.
       inner_state: the state of the wrapped transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx = lo.error_regulate(optax.adam(1e-3))
+      >>> params = jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> _, state = tx.update(jnp.ones(2), state, params, value=0.5)
+      >>> int(state.num_accepted), float(state.judge_state.avg_value)
+      (1, 0.5)
+      >>> [float(a) for a in state.anchor]
+      [1.0, 2.0]
+      >>> int(state.inner_state[0].count)  # Adam's
+      1
     """
 
     scalars: Scalars
