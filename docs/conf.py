@@ -1,13 +1,13 @@
 """Builds the documentation: python -m sphinx -W -b html docs <out>."""
 
+import importlib
 import inspect
 import pkgutil
-from types import ModuleType
 from typing import Any
 
 import lalerg_optax
 
-project = "lalerg_optax"
+PACKAGE = project = "lalerg_optax"
 copyright = "the lalerg_optax authors"
 release = lalerg_optax.__version__
 
@@ -27,31 +27,38 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 
-def public_names(module: ModuleType) -> dict[str, Any]:
-    """Returns what a module offers: all of its own names without underscore."""
+def public_api() -> dict[str, dict[str, Any]]:
+    """Returns what the package offers, and each of its public modules, by name.
+
+    Of the package these are all names without underscore, of a module those that are
+    defined there. Nothing has to be listed by hand.
+    """
+    api = {PACKAGE: vars(lalerg_optax)}
+    for module in pkgutil.iter_modules(lalerg_optax.__path__, f"{PACKAGE}."):
+        if not module.name.startswith(f"{PACKAGE}._"):
+            api[module.name] = vars(importlib.import_module(module.name))
     return {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        and getattr(value, "__module__", "").startswith("lalerg_optax")
+        path: {
+            name: value
+            for name, value in names.items()
+            if not name.startswith("_")
+            and str(getattr(value, "__module__", None)).startswith(
+                f"{PACKAGE}." if path == PACKAGE else path
+            )
+        }
+        for path, names in api.items()
     }
 
 
 def write_api(app: Any, docname: str, source: list[str]) -> None:
-    """Appends all public names to the page api, in the order of their modules.
-
-    Nothing has to be listed by hand: a name that is new in ``__init__`` is there.
-    """
+    """Appends all public names to the page api."""
     if docname != "api":
         return
-    own = [m.name for m in pkgutil.iter_modules(lalerg_optax.__path__)]
-    modules = [f"lalerg_optax.{name}" for name in own if not name.startswith("_")]
-    for path in ("lalerg_optax", *modules):
-        module = __import__(path, fromlist=["_"])
+    for path, names in public_api().items():
         lines = ["", path, "-" * len(path), ""]
-        if path != "lalerg_optax":
-            lines += [inspect.getdoc(module) or "", ""]
-        for name, value in public_names(module).items():
+        if path != PACKAGE:
+            lines += [inspect.getdoc(importlib.import_module(path)) or "", ""]
+        for name, value in names.items():
             kind = "class" if inspect.isclass(value) else "function"
             lines += [name, "^" * len(name), "", f".. py:currentmodule:: {path}", ""]
             lines += [f".. auto{kind}:: {path}.{name}"]

@@ -4,15 +4,16 @@ A block of Python is a doctest. All blocks of a page share their names, in their
 """
 
 import doctest
-import importlib
 import inspect
 import io
 import pathlib
 import re
+import runpy
 
 import pytest
 
-PAGES = sorted(pathlib.Path(__file__).parent.parent.glob("docs/*.md"))
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
 PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -59,18 +60,14 @@ def test_the_report_has_the_line_of_the_page_and_what_came_instead():
     assert report.endswith("Got:\n    2\n")
 
 
-def public_names():
-    """Returns every public name of the package as a parameter of a test."""
-    return [
-        pytest.param(value, id=f"{path}.{name}")
-        for path in ("lalerg_optax", "lalerg_optax.flax")
-        for name, value in vars(importlib.import_module(path)).items()
-        if getattr(value, "__module__", "").startswith("lalerg_optax")
-        and not name.startswith("_")
-    ]
+PUBLIC = [
+    pytest.param(value, id=f"{path}.{name}")
+    for path, names in runpy.run_path(DOCS / "conf.py")["public_api"]().items()
+    for name, value in names.items()
+]
 
 
-@pytest.mark.parametrize("value", public_names())
+@pytest.mark.parametrize("value", PUBLIC)
 def test_every_public_name_has_an_example(value):
     # --doctest-modules runs them
     assert ">>> " in inspect.getdoc(value)
