@@ -77,6 +77,12 @@ class TracksParamsState(NamedTuple):
     Attributes:
       tracked_params: what the params of the caller are, a tree like them.
       inner_state: the state of the wrapped optimizer.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx = lo.tracks_params(lo.without_value(lo.error_regulate(optax.sgd(0.1))))
+      >>> tx.init(jnp.array([1.0, -2.0])).tracked_params.tolist()
+      [1.0, -2.0]
     """
 
     tracked_params: optax.Params
@@ -156,6 +162,12 @@ class Carrier(NamedTuple):
     Attributes:
       params: a tree of parameters.
       slot: 0, always; in the gradient that `carry_value` makes, the loss.
+
+    Example:
+      >>> import lalerg_optax as lo
+      >>> carrier = lo.Carrier({"w": 1.0})
+      >>> carrier.params, float(carrier.slot)
+      ({'w': 1.0}, 0.0)
     """
 
     params: Any

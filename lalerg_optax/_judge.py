@@ -33,6 +33,14 @@ class Verdict(enum.IntEnum):
       ACCEPT: 0, the update is applied.
       SKIP: 1, the batch is dropped: params and rates stay as they are.
       REVERT: 2, params go back to the anchor.
+
+    Example:
+      >>> import jax.numpy as jnp, lalerg_optax as lo
+      >>> verdict = jnp.array(2, jnp.int32)  # as `metrics` has it
+      >>> lo.Verdict(int(verdict)).name
+      'REVERT'
+      >>> bool(verdict == lo.Verdict.ACCEPT)
+      False
     """
 
     ACCEPT = 0

@@ -82,6 +82,12 @@ class ScaleByMacroRateState(NamedTuple):
 
     Attributes:
       scalars: what the macro level knows; see `MacroScalars`.
+
+    Example:
+      >>> import jax.numpy as jnp, lalerg_optax as lo
+      >>> state = lo.scale_by_macro_rate().init(jnp.zeros(3))
+      >>> float(state.macro_rate), bool(state.is_searching)
+      (1.0, True)
     """
 
     scalars: Scalars

@@ -26,6 +26,13 @@ class ScaleByMicroRateState(NamedTuple):
       mu: exponential average of the gradients, a tree like the params.
       nu: exponential average, or sum, of their squared magnitudes, likewise; real. With
         ``per_tensor`` its leaves are scalars.
+
+    Example:
+      >>> import jax.numpy as jnp, lalerg_optax as lo
+      >>> params = jnp.zeros(3, jnp.bfloat16)
+      >>> state = lo.scale_by_micro_rate().init(params)
+      >>> state.mu.shape, str(state.mu.dtype)
+      ((3,), 'float32')
     """
 
     micro_count: jax.Array

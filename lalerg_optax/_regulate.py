@@ -85,6 +85,19 @@ class ErrorRegulateState(NamedTuple):
       anchor: the params that a revert goes back to, a tree like the params.
       inner_state: the state of the wrapped transformation.
       local: what the last step did to each leaf; None unless asked for.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx = lo.error_regulate(optax.adam(1e-3))
+      >>> params = jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> _, state = tx.update(jnp.ones(2), state, params, value=0.5)
+      >>> int(state.num_accepted), float(state.judge_state.avg_value)
+      (1, 0.5)
+      >>> [float(a) for a in state.anchor]
+      [1.0, 2.0]
+      >>> int(state.inner_state[0].count)  # Adam's
+      1
     """
 
     scalars: Scalars
@@ -334,7 +347,7 @@ def error_regulate(
 
     *Flat*, ``error_regulate()`` at the end of a chain: the incoming updates are no
     gradients and their size follows the schedule, so only the loss is judged, and
-    whether the updates are finite.
+    whether the updates are finite; without a loss (``value=None``), their norm.
 
     Scale invariant in the loss. Shift invariant as long as the noise of the loss is
     above 1e-5 of its level.
