@@ -300,7 +300,11 @@ def main() -> None:
             for key in progress.track(todo, description="runs"):
                 task, name, form = key
                 measured = partial(measure, made[task], METHODS[name], form, num_steps)
-                cells = {"num_steps": num_steps, "num_seeds": NUM_SEEDS}
+                cells = {
+                    "rate": METHODS[name].rate,
+                    "num_steps": num_steps,
+                    "num_seeds": NUM_SEEDS,
+                }
                 results.measure(key, cells, measured, options.force)
     publish(results, report(results))
 
