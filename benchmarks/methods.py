@@ -200,7 +200,8 @@ def shown(values: list[np.ndarray]) -> str:
     if dead == found.size:
         return "dead"
     means = [v[np.isfinite(v)].mean() for v in found if np.isfinite(v).any()]
-    return f"{max(means):+.1f}" + f", {dead} dead" * (dead > 0)
+    worst = f"{max(means):+.1f}" if max(means) < 1000 else "> 1,000"
+    return worst + f", {dead} dead" * (dead > 0)
 
 
 HEADINGS = {
