@@ -200,7 +200,8 @@ def shown(values: list[np.ndarray]) -> str:
     if dead == found.size:
         return "dead"
     means = [v[np.isfinite(v)].mean() for v in found if np.isfinite(v).any()]
-    return f"{max(means):+.1f}" + f", {dead} dead" * (dead > 0)
+    worst = f"{max(means):+.1f}" if max(means) < 1000 else "> 1,000"
+    return worst + f", {dead} dead" * (dead > 0)
 
 
 HEADINGS = {
@@ -300,7 +301,11 @@ def main() -> None:
             for key in progress.track(todo, description="runs"):
                 task, name, form = key
                 measured = partial(measure, made[task], METHODS[name], form, num_steps)
-                cells = {"num_steps": num_steps, "num_seeds": NUM_SEEDS}
+                cells = {
+                    "rate": METHODS[name].rate,
+                    "num_steps": num_steps,
+                    "num_seeds": NUM_SEEDS,
+                }
                 results.measure(key, cells, measured, options.force)
     publish(results, report(results))
 
