@@ -1,4 +1,4 @@
-"""Trains CartPole with PPO: a noisy objective, of either sign, that moves.
+"""Trains CartPole with PPO: a noisy objective that moves and may be negative.
 
 Proximal policy optimization on gymnax' CartPole, environments and updates inside one
 `jit`, rates and seeds at once by `vmap`. AdamW is compared with lalerg: "protected" is
@@ -300,6 +300,7 @@ def draw(
     panels[0, 0].set(ylabel="steps of an episode", ylim=(0, 510))
     panels[1, 0].set_ylabel("PPO loss")
     panels[1, 0].set_yscale("symlog", linthresh=0.01)
+    panels[1, 0].set_yticks((-0.1, 0.0, 0.1, 1.0, 10.0, 100.0))
     panels[2, 0].set(ylabel="learning rate in effect", yscale="log")
     labels = [c.name for c in runs]
     lines = panels[0, 0].get_lines()
