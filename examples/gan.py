@@ -10,7 +10,7 @@ With seed 0 ``value=None`` is the better way. It rejects no clean batch and, of 
 broken ones, as many as there are: 20 by the generator, which sees NaN alone, 40 by the
 discriminator. Told the losses, the two object to 28 steps on clean batches, and learn
 more slowly at first. Both ways recover, to Frechet distances of 0.86 (None) and 0.96
-(loss), against 0.81 and 0.75 on clean batches and 0.98 of Adam, whose differences at the
+(loss), against 0.81 and 0.75 on clean batches and 0.98 of Adam; such differences at the
 end mean nothing. With broken batches Adam ends as NaN. A stretch of finite batches that
 is longer than ``patience`` is accepted in the end: with ``--broken 50`` the first one
 undoes most of what was learnt, and the distances are 2.3 and 1.4.

@@ -196,6 +196,7 @@ def main() -> None:
     letters, codes = np.unique(list(load_text()), return_inverse=True)
     codes, held_out = np.split(codes.astype(np.int32), [len(codes) * 19 // 20])
     mesh = Mesh(np.array(jax.devices()), ("data",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.rate, num_steps // 10, num_steps
     )
@@ -204,7 +205,9 @@ def main() -> None:
         graph, params = nnx.split(Transformer(len(letters), nnx.Rngs(args.seed)))
         tx, runs[name] = MAKERS[name](schedule, weight_decay=1e-4), []
         step, loss_fn = make_steps(graph, tx, mesh)
-        opt_state = tx.init(params)
+        # where a step leaves them, or the second step would be compiled anew
+        params = jax.device_put(params, everywhere)
+        opt_state = jax.jit(tx.init, out_shardings=everywhere)(params)
         for batch in tqdm(make_batches(codes, num_steps, args.seed), name, num_steps):
             params, opt_state, loss = step(params, opt_state, batch)
             report = lo.metrics(opt_state) if name == "lalerg" else {}
