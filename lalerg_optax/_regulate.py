@@ -367,7 +367,8 @@ def error_regulate(
       audit: whether to look back at the anchor before moving it (see above).
       local: whether to tell, too, what a step did to each leaf of the params:
         `metrics` then has ``"update_ratio/<leaf>"`` and others. Costs nothing when off;
-        when on, one more pass over gradients, updates and params.
+        when on, one more pass over gradients, updates and params, and room for about
+        an eighth of the updates, or for the largest leaf.
       anchor_dtype: dtype of the anchor of real params, ``"bfloat16"`` say, which
         takes half of the memory; by default that of the params. A revert then goes
         back to the rounded params. It has to have the range of float32.
