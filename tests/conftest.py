@@ -1,12 +1,14 @@
 """Eight CPU devices for all tests; rank promotion is an error; the same examples."""
 
 import os
+import pathlib
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
 import jax
+import pytest
 from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,3 +20,13 @@ settings.register_profile(
     "slow", parent=settings.get_profile("quick"), max_examples=3000
 )
 settings.load_profile("quick")
+
+CLIENTS = pathlib.Path(__file__).parent / "clients"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_other_packages_do_is_theirs(request):
+    """They may promote ranks."""
+    is_theirs = request.path.parent == CLIENTS
+    with jax.numpy_rank_promotion("allow" if is_theirs else "raise"):
+        yield
