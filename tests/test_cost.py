@@ -190,7 +190,15 @@ def test_anchor_and_moments_are_sharded_as_their_parameters(specs):
 MEMORIES = ["device", "pinned_host"]
 
 
-@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize(
+    "specs",
+    [
+        pytest.param(
+            specs, id=name, marks=[] if name == "fully sharded" else pytest.mark.slow
+        )
+        for name, specs in SPECS.items()
+    ],
+)
 def test_anchor_in_host_memory_is_that_on_the_device_step_by_step(specs):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     rng = np.random.default_rng(0)
@@ -244,7 +252,14 @@ def test_look_back_at_a_narrow_anchor_tells_up_from_down(length, sign):
     assert sign * alignment > 3e-3, "three times what chance would give"
 
 
-@pytest.mark.parametrize("learning_rate", [1e-6, 1e-2, 10.0])
+@pytest.mark.parametrize(
+    "learning_rate",
+    [
+        1e-6,
+        pytest.param(1e-2, marks=pytest.mark.slow),
+        pytest.param(10.0, marks=pytest.mark.slow),
+    ],
+)
 def test_search_finds_its_rate_with_a_narrow_anchor_too(learning_rate):
     """Its steps begin far below the resolution of bfloat16."""
     rng = np.random.default_rng(1)

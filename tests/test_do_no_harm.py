@@ -247,7 +247,21 @@ def assert_as_finite_as(tree, like):
         )
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# Those that differ in kind; the others take minutes together.
+QUICK = (
+    *("adafactor", "adagrad", "adam", "adan", "cocob", "dadapt_adamw", "dog", "dowg"),
+    *("fromage", "lamb", "lars", "mechanize", "momo", "muon", "novograd", "polyak_sgd"),
+    *("prodigy", "schedule_free_adamw", "sgd"),
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in OPTIMIZERS
+    ],
+)
 def test_error_regulate_follows_every_optimizer_and_keeps_nan_out_of_it(name):
     train = regulated_trainer(name)
     plain, _, losses = trainer(OPTIMIZERS[name](), NUM_STEPS, EXTRA_ARGS.get(name))()
@@ -267,14 +281,7 @@ def test_error_regulate_follows_every_optimizer_and_keeps_nan_out_of_it(name):
     assert moved["hidden"]["w"], "training does not go on"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("adafactor", "adagrad", "adam", "adan", "cocob", "dadapt_adamw", "dog"),
-        *("dowg", "fromage", "lamb", "lars", "mechanize", "momo", "muon"),
-        *("novograd", "polyak_sgd", "prodigy", "schedule_free_adamw", "sgd"),
-    ],
-)
+@pytest.mark.parametrize("name", QUICK)
 def test_nan_at_the_first_step_keeps_no_optimizer_from_training(name):
     params, state, losses = regulated_trainer(name)(poison(nan_grads=[0]))
     chex.assert_tree_all_finite(params)

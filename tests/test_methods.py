@@ -279,7 +279,7 @@ REFUSED = {
         lambda: optax.lookahead(lo.error_regulate(optax.sgd(0.1)), 3, 0.5),
         BOTH,
         jnp.ones(2),
-        (TypeError, r"error_regulate.*missing.*'value'"),
+        (TypeError, r"update needs the keyword 'value'.*without_value"),
     ),
     "sam": (
         lambda: lo.error_regulate(SAM),
@@ -303,7 +303,7 @@ REFUSED = {
         lambda: contrib.split_real_and_imaginary(lo.lalerg()),
         jnp.ones(2),
         jnp.ones(2),
-        (TypeError, r"error_regulate.*missing.*'value'"),
+        (TypeError, r"update needs the keyword 'value'.*without_value"),
     ),
 }
 

@@ -9,7 +9,6 @@ import pytest
 from digits_run import (
     ALONE,
     BURST,
-    SHARDINGS,
     batches,
     init_params,
     loss_fn,
@@ -164,7 +163,9 @@ def test_when_on_four_vectors_are_all_that_a_step_has_more_of():
     assert len(jax.tree.leaves(on)) == len(jax.tree.leaves(off)) + 4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def test_when_on_no_param_is_copied_and_an_eighth_of_the_step_is_stored(dtype):
     params = make_params(dtype, num_leaves=16)
     for make in (
@@ -204,7 +205,14 @@ def local_of(tx, data=None):
     return state.local
 
 
-@pytest.mark.parametrize("layout", SHARDINGS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("data parallel", marks=pytest.mark.slow),
+        pytest.param("fully sharded", marks=pytest.mark.slow),
+        "tensor sharded",
+    ],
+)
 def test_sharded_leaves_are_told_as_on_one_device(layout):
     tx = lo.lalerg(1e-3, local=True)
     _, state, _ = train_sharded(tx, layout)
