@@ -138,6 +138,7 @@ def _draw_loss(axes: Axes, steps: np.ndarray, told: History, name: str) -> None:
             ls="",
             label=note,
             clip_on=False,
+            in_layout=False,  # the extent of no marks at all would upset it
         )
     num_lost = int((~np.isfinite(values)).sum())
     if num_lost:
@@ -169,7 +170,15 @@ def _draw_errors(axes: Axes, steps: np.ndarray, told: History) -> None:
         shown = np.clip(error, _BOTTOM, _TOP)
         axes.plot(steps, shown, style, color=color, lw=0.9, label=label)
         beyond = error > _TOP
-        axes.plot(steps[beyond], shown[beyond], "^", color=color, ms=5, clip_on=False)
+        axes.plot(
+            steps[beyond],
+            shown[beyond],
+            "^",
+            color=color,
+            ms=5,
+            clip_on=False,
+            in_layout=False,
+        )
     axes.axhline(1.0, color=_RED, lw=1.2, label="above: rejected")
     axes.set_yscale("symlog", linthresh=1.0, linscale=1.0)
     axes.set_ylim(_BOTTOM, _TOP)

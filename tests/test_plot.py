@@ -168,3 +168,14 @@ def test_pyplot_is_not_imported():
         check=True,
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("verdicts", [[], [10], [10, 20]])
+def test_panels_fill_the_figure_whatever_there_is_to_mark(verdicts):
+    history = make_history()
+    history["verdict"] = np.isin(np.arange(NUM_STEPS), verdicts).astype(int)
+    history["loss"] = history["avg_value"]
+    figure = plot.run(history)
+    figure.draw_without_rendering()
+    heights = [axes.get_position().height for axes in figure.axes]
+    assert sum(heights) > 0.7
