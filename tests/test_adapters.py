@@ -18,7 +18,9 @@ OPTIMIZERS = {
     "lalerg": lambda: lo.lalerg(1e-3),
     "error_regulate": lambda: lo.error_regulate(optax.adam(3e-3)),
 }
-all_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
+all_optimizers = pytest.mark.parametrize(
+    "name", ["error_regulate", pytest.param("lalerg", marks=pytest.mark.slow)]
+)
 ADAPTERS = (lo.without_value, lo.tracks_params, lo.value_from_gradient)
 
 

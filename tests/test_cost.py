@@ -157,7 +157,7 @@ def collectives(tx, specs):
 
 
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
-@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("search", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_only_a_reduction_of_scalars_is_communicated(specs, search):
     assert not collectives(optax.adamw(1e-3), specs)
     found = collectives(lo.lalerg(search=search), specs)

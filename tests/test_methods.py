@@ -164,7 +164,10 @@ def cases():
         yield pytest.param(factors, name, REGULATED, rate, id=f"{name}-sparse")
 
 
-all_cases = pytest.mark.parametrize(("task", "name", "form", "rate"), [*cases()])
+# by module: both tests of a case in turn, so that they share what is compiled
+all_cases = pytest.mark.parametrize(
+    ("task", "name", "form", "rate"), [*cases()], scope="module"
+)
 
 
 @all_cases

@@ -325,8 +325,7 @@ def test_flax_bytes_keep_the_view():
     chex.assert_trees_all_equal(restored, state)
 
 
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)])
 def test_the_view_can_be_switched_in_mid_run(before, after):
     old, new = lo.lalerg(1e-3, local=before), lo.lalerg(1e-3, local=after)
     params = init_params()

@@ -15,6 +15,7 @@ from unittest import mock
 import jax
 import optax
 import optax.contrib
+import pytest
 from absl.testing import parameterized
 
 import lalerg_optax as lo
@@ -99,13 +100,16 @@ class TestErrorRegulate(
     pass
 
 
+@pytest.mark.slow
 class TestFlatForm(contract_tests(flat_form, {"learning_rate": 1e-2})):
     pass
 
 
+@pytest.mark.slow
 class TestMicroLevel(contract_tests(micro_level, {"learning_rate": 1e-2})):
     pass
 
 
+@pytest.mark.slow
 class TestMacroLevel(contract_tests(macro_level, {"learning_rate": 1e-3})):
     pass

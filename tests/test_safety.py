@@ -335,7 +335,7 @@ def test_an_average_that_starts_anew_forgets_how_large_the_old_one_was():
     assert averages[7] == 6.0
 
 
-@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("search", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("moment", "hit"),
     [("mu", np.nan), ("mu", -np.inf), ("nu", np.nan), ("nu", np.inf), ("nu", -1.0)],
