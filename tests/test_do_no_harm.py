@@ -255,14 +255,22 @@ QUICK = (
 )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name in OPTIMIZERS
-    ],
-)
-def test_error_regulate_follows_every_optimizer_and_keeps_nan_out_of_it(name):
+# by module: both tests of one in turn, so that they share what is compiled
+quick = pytest.mark.parametrize("name", QUICK, scope="module")
+
+
+@quick
+def test_error_regulate_follows_an_optimizer_and_keeps_nan_out_of_it(name):
+    assert_followed_and_kept_clean(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - set(QUICK)))
+def test_error_regulate_follows_every_other_optimizer_too(name):
+    assert_followed_and_kept_clean(name)
+
+
+def assert_followed_and_kept_clean(name):
     train = regulated_trainer(name)
     plain, _, losses = trainer(OPTIMIZERS[name](), NUM_STEPS, EXTRA_ARGS.get(name))()
     ours, state, _ = train()
@@ -281,7 +289,7 @@ def test_error_regulate_follows_every_optimizer_and_keeps_nan_out_of_it(name):
     assert moved["hidden"]["w"], "training does not go on"
 
 
-@pytest.mark.parametrize("name", QUICK)
+@quick
 def test_nan_at_the_first_step_keeps_no_optimizer_from_training(name):
     params, state, losses = regulated_trainer(name)(poison(nan_grads=[0]))
     chex.assert_tree_all_finite(params)

@@ -191,7 +191,15 @@ def test_decisions_about_whole_trees_are_conditionals_and_not_selects():
     assert lowered.as_text().count('"stablehlo.case"') == 1
 
 
-@pytest.mark.parametrize("specs", SHARDINGS.values(), ids=SHARDINGS.keys())
+@pytest.mark.parametrize(
+    "specs",
+    [
+        pytest.param(
+            specs, id=name, marks=[] if name == "fully sharded" else pytest.mark.slow
+        )
+        for name, specs in SHARDINGS.items()
+    ],
+)
 def test_eight_devices_decide_like_one_and_keep_the_shardings(specs):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     named = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
