@@ -66,28 +66,6 @@ def check_transformation(name: str, inner: Any) -> None:
         )
 
 
-def check_lookahead(inner_state: Any, params: Any) -> None:
-    """Raises a ValueError where ``optax.lookahead`` is not all that is wrapped."""
-
-    def is_lookahead(node: Any) -> bool:
-        return isinstance(node, optax.LookaheadState)
-
-    if not any(map(is_lookahead, jax.tree.leaves(inner_state, is_leaf=is_lookahead))):
-        return
-    if not is_lookahead(inner_state):
-        raise ValueError(
-            "optax.lookahead can be no part of a chain, nor a second level, because "
-            "its updates must be applied as they are: wrap it as a whole, "
-            "error_regulate(optax.lookahead(optimizer, ...))."
-        )
-    if not isinstance(params, optax.LookaheadParams):
-        raise ValueError(
-            "optax.lookahead has fast and slow params, and both can go back: train "
-            "params = optax.LookaheadParams.init_synced(params) with the gradient "
-            "jax.grad(lambda params: loss(params.fast))(params)."
-        )
-
-
 def as_loss(value: jax.typing.ArrayLike | None) -> jax.Array | None:
     """Returns ``value`` as a float32 scalar; None stays None."""
     if value is None:

@@ -1,8 +1,6 @@
 """Error regulation: judge every step; accept, skip or revert it."""
 
 import functools
-import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,15 +21,14 @@ from ._anchor import (
 from ._checks import (
     MISSING,
     as_loss,
-    check_lookahead,
     check_params,
     check_range,
     check_state,
     check_state_type,
-    check_transformation,
     check_updates,
 )
 from ._gate import count_if
+from ._inner import as_inner
 from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge, overrule
 from ._local import LocalView, act_in_turn, init_local, leaf_squares
 from ._scalars import Scalars, pack, read, unpack
@@ -40,7 +37,6 @@ _MIN_ANCHOR_EVERY = 5  # steps; odd, so that a swing to and fro is not back at i
 _CLEAR = 0.99  # about one standard error; the significance of a single entry is 1
 _HEALTHY = 0.5  # errors below half of what is tolerated: fit to be gone back to
 _MIN_DAMPING = 2.0**-10
-_OWN_EXTRA_ARGS = ("verdict", "audit")  # those of an outer regulator stay outside
 
 
 class RegulatorScalars(NamedTuple):
@@ -108,41 +104,6 @@ class ErrorRegulateState(NamedTuple):
 
     def __getattr__(self, name: str) -> jax.Array:
         return read(RegulatorScalars, self.scalars, name)
-
-
-def _keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns a scalar of the inner state; the old one if the new is not finite.
-
-    An estimate like the distance of Prodigy is 0 / 0 when the first gradient is
-    zero, and would stay so. For whole arrays this would cost a copy.
-    """
-    dtype = jnp.result_type(new)
-    is_scalar_float = jnp.ndim(new) == 0 and jnp.issubdtype(dtype, jnp.inexact)
-    return jnp.where(jnp.isfinite(new), new, old) if is_scalar_float else new
-
-
-def _with_own_args(value_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a line search's function, to which our own arguments may be passed.
-
-    Optax passes an extra argument on to it where its signature has the name, and takes
-    one that is not there for an error.
-    """
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return value_fn(
-            *args, **{k: v for k, v in kwargs.items() if k not in _OWN_EXTRA_ARGS}
-        )
-
-    theirs = inspect.signature(value_fn)
-    ours = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
-        for name in _OWN_EXTRA_ARGS
-        if name not in theirs.parameters
-    ]
-    parameters = [*theirs.parameters.values(), *ours]
-    parameters.sort(key=lambda parameter: parameter.kind)  # **kwargs comes last
-    vars(wrapped)["__signature__"] = theirs.replace(parameters=parameters)
-    return wrapped
 
 
 def _damp(
@@ -429,18 +390,14 @@ def error_regulate(
         raise ValueError("audit needs the gradient, which the flat form does not see.")
     if is_flat and local:
         raise ValueError("local needs the gradient, which the flat form does not see.")
-    if not is_flat:
-        check_transformation("inner", inner)
-    chained = optax.with_extra_args_support(optax.identity() if is_flat else inner)
+    chained = as_inner(optax.identity() if is_flat else inner)
 
     def init_fn(params: optax.Params) -> ErrorRegulateState:
-        inner_state = chained.init(params)
-        check_lookahead(inner_state, params)
         return ErrorRegulateState(
             scalars=pack(RegulatorScalars()),
             judge_state=init_judge(),
             anchor=copy_params(params, anchor_dtype, anchor_memory),
-            inner_state=inner_state,
+            inner_state=chained.init(params),
             local=init_local(params) if local else None,
         )
 
@@ -456,7 +413,6 @@ def error_regulate(
         check_state_type("error_regulate", state, ErrorRegulateState)
         check_updates("error_regulate", updates, params)
         check_state("error_regulate", state, init_fn, params)
-        extra_args = {k: v for k, v in extra_args.items() if k not in _OWN_EXTRA_ARGS}
 
         # Measure: scalars only.
         last = unpack(RegulatorScalars, state.scalars)
@@ -520,18 +476,11 @@ def error_regulate(
             if value is None
             else jnp.where(is_accepted, value, judgement.avg_value)
         )
-        extra_args["value"] = usable_value
-        if "grad" in extra_args:  # line searches take the gradient a second time
-            extra_args["grad"] = grads
-        if "value_fn" in extra_args:  # and hand all else on to their value_fn
-            extra_args["value_fn"] = _with_own_args(extra_args["value_fn"])
+        # not those of an outer regulator
         extra_args |= {"verdict": verdict, "audit": report}
-        if isinstance(state.inner_state, optax.LookaheadState):
-            grads = grads.fast  # all that it takes; the slow params have none
         inner_updates, inner_state = chained.update(
-            grads, state.inner_state, params, **extra_args
+            grads, state.inner_state, params, value=usable_value, **extra_args
         )
-        inner_state = jax.tree.map(_keep_finite, inner_state, state.inner_state)
 
         # Count.
         is_told = is_passed = jnp.zeros((), jnp.bool_)

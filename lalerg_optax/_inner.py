@@ -1,0 +1,109 @@
+"""Inner: the wrapped transformation is handed what it takes, and stays finite."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._checks import check_transformation
+
+_OWN_EXTRA_ARGS = ("verdict", "audit")
+
+
+def as_inner(inner: optax.GradientTransformation) -> Any:
+    """Returns a transformation that takes whatever the regulator hands down.
+
+    With gradients like the params, ``value`` and our own extra arguments it does what
+    some of Optax's need beyond that: a line search takes the gradient a second time
+    and hands all other arguments on to its function; ``optax.lookahead`` takes the
+    gradient of its fast params alone. A scalar of the state that would not be finite
+    keeps its last value.
+
+    Raises:
+      TypeError: if ``inner`` is no transformation or refuses extra arguments.
+      ValueError: in ``init``, where ``optax.lookahead`` is a part of ``inner``.
+    """
+    check_transformation("inner", inner)
+    chained = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        state = chained.init(params)
+        _check_lookahead(state, params)
+        return state
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if "grad" in extra_args:
+            extra_args["grad"] = updates
+        if "value_fn" in extra_args:
+            extra_args["value_fn"] = _with_own_args(extra_args["value_fn"])
+        if _is_lookahead(state):
+            updates = updates.fast  # the slow params have none
+        updates, new_state = chained.update(updates, state, params, **extra_args)
+        return updates, jax.tree.map(_keep_finite, new_state, state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_own_args(value_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a line search's function, to which our own arguments may be passed.
+
+    Optax passes an extra argument on to it where its signature has the name, and takes
+    one that is not there for an error.
+    """
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return value_fn(
+            *args, **{k: v for k, v in kwargs.items() if k not in _OWN_EXTRA_ARGS}
+        )
+
+    theirs = inspect.signature(value_fn)
+    ours = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+        for name in _OWN_EXTRA_ARGS
+        if name not in theirs.parameters
+    ]
+    parameters = [*theirs.parameters.values(), *ours]
+    parameters.sort(key=lambda parameter: parameter.kind)  # **kwargs comes last
+    vars(wrapped)["__signature__"] = theirs.replace(parameters=parameters)
+    return wrapped
+
+
+def _is_lookahead(node: Any) -> bool:
+    return isinstance(node, optax.LookaheadState)
+
+
+def _check_lookahead(state: optax.OptState, params: optax.Params) -> None:
+    """Raises a ValueError where ``optax.lookahead`` is not all that is wrapped."""
+    if not any(map(_is_lookahead, jax.tree.leaves(state, is_leaf=_is_lookahead))):
+        return
+    if not _is_lookahead(state):
+        raise ValueError(
+            "optax.lookahead can be no part of a chain, nor a second level, because "
+            "its updates must be applied as they are: wrap it as a whole, "
+            "error_regulate(optax.lookahead(optimizer, ...))."
+        )
+    if not isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            "optax.lookahead has fast and slow params, and both can go back: train "
+            "params = optax.LookaheadParams.init_synced(params) with the gradient "
+            "jax.grad(lambda params: loss(params.fast))(params)."
+        )
+
+
+def _keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns a scalar of the inner state; the old one if the new is not finite.
+
+    An estimate like the distance of Prodigy is 0 / 0 when the first gradient is
+    zero, and would stay so. For whole arrays this would cost a copy.
+    """
+    dtype = jnp.result_type(new)
+    is_scalar_float = jnp.ndim(new) == 0 and jnp.issubdtype(dtype, jnp.inexact)
+    return jnp.where(jnp.isfinite(new), new, old) if is_scalar_float else new
