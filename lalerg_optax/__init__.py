@@ -16,9 +16,9 @@ from ._macro import scale_by_macro_rate as scale_by_macro_rate
 from ._micro import ScaleByMicroRateState as ScaleByMicroRateState
 from ._micro import scale_by_micro_rate as scale_by_micro_rate
 from ._monitor import metrics as metrics
-from ._record import InterventionWarning as InterventionWarning
 from ._record import Recorder as Recorder
 from ._regulate import ErrorRegulateState as ErrorRegulateState
 from ._regulate import error_regulate as error_regulate
+from ._watch import InterventionWarning as InterventionWarning
 
 __version__ = "0.1.0"

@@ -1,0 +1,156 @@
+"""Watch: counts the interventions of a run, and warns when they pile up."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from ._checks import check_range
+from ._judge import LARGEST, Verdict
+
+Block = dict[str, Any]  # scalars of some steps by name, arrays of one length
+
+_STEPS_A_REVERT = 2
+_NOT_FINITE = 0.99 * LARGEST
+
+
+class InterventionWarning(UserWarning):
+    """So many steps were skipped or reverted that something deserves a look.
+
+    Example:
+      >>> import warnings, lalerg_optax as lo
+      >>> warnings.simplefilter("error", lo.InterventionWarning)  # stop the run
+      >>> warnings.simplefilter("ignore", lo.InterventionWarning)  # or say nothing
+    """
+
+
+class Watch:
+    """Warns of more interventions in a window than are to be expected.
+
+    Args:
+      window: steps in which interventions are counted, at least 1.
+      max_skips: steps that may be skipped in them, at least 0.
+      max_reverts: reverts that they may have in them, at least 0.
+
+    Raises:
+      ValueError: for an argument outside of its range.
+    """
+
+    def __init__(self, window: int, max_skips: int, max_reverts: int):
+        check_range("window", window, 1, float("inf"))
+        check_range("max_skips", max_skips, 0, float("inf"))
+        check_range("max_reverts", max_reverts, 0, float("inf"))
+        self._window = window
+        self._max_skips = max_skips
+        self._max_reverts = max_reverts
+        self._last_warning: dict[str, int] = {}
+
+    def look(self, blocks: list[Block], num_new: int) -> None:
+        """Warns where interventions pile up in a window that ends at a new step."""
+        recent: list[Block] = []
+        num_recent = 0
+        for block in reversed(blocks):
+            recent.insert(0, block)
+            num_recent += len(block["step"])
+            if num_recent >= num_new + self._window:
+                break
+        tail = joined(recent)
+        for name in tail:
+            if name.rpartition("/")[2] != "verdict":
+                continue
+            group = name.removesuffix("verdict")
+            num_skips = _sums(tail[name] == Verdict.SKIP, self._window)
+            num_reverts = _sums(tail[name] == Verdict.REVERT, self._window)
+            num_reverts = -(-num_reverts // _STEPS_A_REVERT)
+            is_many = num_skips > self._max_skips
+            is_many |= num_reverts > self._max_reverts
+            is_many[:-num_new] = False
+            last = self._last_warning.get(group)
+            if last is not None:
+                is_many &= tail["step"] >= last + self._window
+            if not is_many.any():
+                continue
+            end = int(np.argmax(np.where(is_many, num_skips + num_reverts, -1)))
+            self._last_warning[group] = int(tail["step"][end])
+            window = slice(max(0, end + 1 - self._window), end + 1)
+            part = {
+                key.removeprefix(group): x[window]
+                for key, x in tail.items()
+                if key.startswith(group) or key == "step"
+            }
+            text = _warning(group, int(num_skips[end]), int(num_reverts[end]), part)
+            warnings.warn(text, InterventionWarning, stacklevel=5)
+
+
+def joined(blocks: list[Block]) -> Block:
+    """Returns blocks as one; where a name is missing there is NaN."""
+    names = dict.fromkeys(["step", *(name for block in blocks for name in block)])
+
+    def column(block: Block, name: str) -> np.ndarray:
+        if name in block:
+            return block[name]
+        return np.full(len(block["step"]), np.nan, np.float32)
+
+    return {
+        name: np.concatenate([column(block, name) for block in blocks])
+        for name in names
+    }
+
+
+def _sums(flags: np.ndarray, window: int) -> np.ndarray:
+    """Returns how many of the last flags are set, at each of them."""
+    total = np.cumsum(flags)
+    return total - np.concatenate([np.zeros(window, total.dtype), total])[: len(total)]
+
+
+def _warning(group: str, num_skips: int, num_reverts: int, part: Block) -> str:
+    """Returns what to say of a window: how much was done, and who objected."""
+    is_rejected = part["verdict"] != Verdict.ACCEPT
+
+    def error(name: str) -> np.ndarray:
+        return part.get(name, np.zeros(len(is_rejected)))
+
+    errors = error("scaled_error"), error("scaled_norm_error")
+    is_infinite = np.maximum(*errors) >= _NOT_FINITE
+    signals = {
+        "what is not finite": is_infinite,
+        "the loss": (errors[0] > 1.0) & ~is_infinite,
+        "the gradient norm": (errors[1] > 1.0) & ~is_infinite,
+        "a slow rise of the loss": error("scaled_drift") > 1.0,
+    }
+    counts = {name: int((flag & is_rejected).sum()) for name, flag in signals.items()}
+    ranked = sorted(counts, key=lambda name: -counts[name])
+    causes = [
+        f"{name} ({_number(counts[name], 'step')})" for name in ranked if counts[name]
+    ]
+    text = (
+        f"{'of ' + group.strip('/') + ': ' if group else ''}"
+        f"{_number(num_reverts, 'revert')} and {_number(num_skips, 'skip')} in "
+        f"{len(is_rejected)} steps (up to step {int(part['step'][-1])}): protection "
+        f"can hide a bug; look at "
+        f"{', '.join(causes) or 'the learning rate: the search went back'}."
+    )
+    gradient = _leading_leaf(part, "grad_norm/", is_rejected)
+    if gradient:
+        norm = np.nanmax(part[f"grad_norm/{gradient}"][is_rejected])
+        size = "one that is not finite" if norm >= _NOT_FINITE else f"up to {norm:.1e}"
+        text += f" There the largest gradient was that of {gradient} ({size})."
+    is_before = ~is_rejected & np.append(is_rejected[1:], False)
+    mover = _leading_leaf(part, "predicted_decrease/", is_before)
+    if mover:
+        text += f" Just before, the leaf that moved the loss most was {mover}."
+    return text
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _leading_leaf(part: Block, prefix: str, rows: np.ndarray) -> str:
+    """Returns the leaf that is the largest at most of some steps; ``""`` for none."""
+    leaves = [name for name in part if name.startswith(prefix)]
+    if not leaves or not rows.any():
+        return ""
+    values = np.stack([np.nan_to_num(part[name][rows]) for name in leaves])
+    winner = np.bincount(values.argmax(axis=0)).argmax()
+    return leaves[int(winner)].removeprefix(prefix)
