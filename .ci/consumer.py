@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, assert_type
 
 import jax
 import jax.numpy as jnp
-import optax  # type: ignore[import-untyped]
+import optax  # type: ignore[import-untyped]  # it has no py.typed
 
 import lalerg_optax as lo
 
@@ -28,4 +28,5 @@ if TYPE_CHECKING:
     assert_type(report, dict[str, jax.Array])
     assert_type(history, lo.LossHistory)
     assert_type(history.centre_and_spread(), tuple[jax.Array, jax.Array])
+    # A misspelt argument has to be found: an ignore that is not needed is an error.
     lo.lalerg(1e-3, serach=False)  # type: ignore[call-arg]  # pyright: ignore

@@ -49,6 +49,14 @@ def passing_all(tx, use_value=True):
     return train(call, tx.init, init_params())
 
 
+def passing_no_value(tx):
+    def call(grads, state, params, loss):
+        del loss
+        return tx.update(grads, state, params)
+
+    return call
+
+
 def assert_faults_were_survived(params, verdicts):
     chex.assert_tree_all_finite(params)
     assert verdicts[ALONE] == Verdict.SKIP
@@ -66,11 +74,7 @@ def test_without_value_is_value_none(name):
     tx = OPTIMIZERS[name]()
     wrapped = lo.without_value(tx)
 
-    def call(grads, state, params, loss):
-        del loss
-        return wrapped.update(grads, state, params)
-
-    ours = train(call, wrapped.init, init_params())
+    ours = train(passing_no_value(wrapped), wrapped.init, init_params())
     chex.assert_trees_all_equal(ours, passing_all(tx, use_value=False))
     assert_faults_were_survived(ours[0], ours[2])
 
@@ -184,12 +188,11 @@ def test_a_loss_from_the_gradient_gives_the_run_of_one_that_is_passed(name):
     tx = OPTIMIZERS[name]()
     wrapped = lo.value_from_gradient(tx)
 
-    def call(grads, state, params, loss):
-        del loss
-        return wrapped.update(grads, state, params)
-
     carrier, state, verdicts = train(
-        call, wrapped.init, lo.Carrier(init_params()), lo.carry_value(loss_fn)
+        passing_no_value(wrapped),
+        wrapped.init,
+        lo.Carrier(init_params()),
+        lo.carry_value(loss_fn),
     )
     assert carrier.slot == 0.0
     expected_params, expected, expected_verdicts = passing_all(tx)

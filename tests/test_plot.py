@@ -1,9 +1,5 @@
 """Figures: what was recorded is what is drawn, and no global state changes."""
 
-import subprocess
-import sys
-import textwrap
-
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -153,21 +149,6 @@ def test_a_figure_is_saved_and_leaves_no_trace(draw, tmp_path):
     figure.savefig(tmp_path / "figure.png", dpi=40)
     assert (tmp_path / "figure.png").stat().st_size > 1000
     assert dict(mpl.rcParams) == before
-
-
-def test_pyplot_is_not_imported():
-    script = """
-        import sys
-        from lalerg_optax import plot
-        print("matplotlib.pyplot" in sys.modules)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("verdicts", [[], [10], [10, 20]])

@@ -1,8 +1,5 @@
 """The recorder: what went in comes out, nothing waits, and pile-ups are told."""
 
-import subprocess
-import sys
-import textwrap
 import warnings
 
 import jax
@@ -226,22 +223,6 @@ def test_tensorboardx_writes_a_file(tmp_path):
     content = file.read_bytes()
     assert content.count(b"update_ratio/a") == 5
     assert content.count(b"scaled_norm_error") == 5
-
-
-def test_the_core_imports_no_writer_and_no_plotting():
-    script = """
-        import sys
-        import lalerg_optax as lo
-        lo.Recorder().history()
-        print(sorted({"flax", "matplotlib", "tensorboardX"} & set(sys.modules)))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "[]"
 
 
 # ---- warnings -----------------------------------------------------------------------
