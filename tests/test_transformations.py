@@ -191,27 +191,15 @@ def test_decisions_about_whole_trees_are_conditionals_and_not_selects():
     assert lowered.as_text().count('"stablehlo.case"') == 1
 
 
-@pytest.mark.parametrize(
-    "specs",
-    [
-        pytest.param(
-            specs, id=name, marks=[] if name == "fully sharded" else pytest.mark.slow
-        )
-        for name, specs in SHARDINGS.items()
-    ],
-)
-def test_eight_devices_decide_like_one_and_keep_the_shardings(specs):
+def test_donated_shards_keep_their_shardings_and_decide_like_one_device():
+    """How many devices take the run of one in every layout: test_devices.py."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    named = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
+    named = {k: NamedSharding(mesh, p) for k, p in SHARDINGS["fully sharded"].items()}
     params = jax.device_put(init_params(), named)
     state = TX.init(params)
-    xs, ys = batches(0)
-    data = (
-        jax.device_put(xs, NamedSharding(mesh, PartitionSpec(None, "d"))),
-        jax.device_put(ys, NamedSharding(mesh, PartitionSpec(None, "d"))),
-    )
+    rows = NamedSharding(mesh, PartitionSpec(None, "d"))
     step = jax.jit(make_step(TX), donate_argnums=(0, 1))
-    run = train(step, params, state, data)
+    run = train(step, params, state, jax.device_put(batches(0), rows))
     assert_same_run(run, rtol=2e-3)
     regulator = run[1]
     micro = regulator.inner_state[0]
