@@ -5,6 +5,8 @@ import sys
 import tarfile
 import zipfile
 
+SHOWN = "docs", "notebooks", "benchmarks"  # what README and documentation link to
+
 
 def main(wheel: str, sdist: str) -> None:
     """Exits with a message unless the archives hold what they should."""
@@ -15,7 +17,7 @@ def main(wheel: str, sdist: str) -> None:
     in_sdist = {name.partition("/")[2] for name in files}
     tracked = set(
         subprocess.run(
-            ["git", "ls-files", "lalerg_optax", "tests", "examples", "benchmarks/*.py"],
+            ["git", "ls-files", "lalerg_optax", "tests", "examples", *SHOWN],
             capture_output=True,
             text=True,
             check=True,

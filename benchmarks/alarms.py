@@ -6,7 +6,7 @@ a constant rate, one or two seeds. *Noise*: losses that are stationary or fall a
 training curve does, and gradient norms, drawn at random and judged by the regulator
 around a transformation that never moves. Peers see the same losses and norms.
 
-    python benchmarks/alarms.py --out benchmarks/results/alarms   # about 10 minutes
+    python benchmarks/alarms.py --out benchmarks/results/alarms   # half an hour
     python benchmarks/alarms.py --quick                           # under a minute
     python benchmarks/alarms.py --only noise                      # some of it
     python benchmarks/alarms.py --report-only                     # the tables

@@ -32,7 +32,6 @@ import functools
 import sys
 from typing import Any, NamedTuple
 
-import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +43,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 import lalerg_optax as lo
+
+try:
+    import gymnax
+except ModuleNotFoundError:
+    sys.exit('gymnax is missing: python -m pip install -e ".[rl]"')
 
 GOOD_RATE = 1e-3
 FACTORS = (1.0, 10.0, 100.0)

@@ -13,6 +13,10 @@ from ._scalars import pack, unpack
 
 # what may have no counterpart on the other side, and is begun anew or left behind
 _OPTIONAL = (ErrorRegulateState, ScaleByMacroRateState, optax.ScaleByScheduleState)
+_ADVICE = (
+    "adopt goes between optimizers with the same moments: protect the old one as it "
+    "is, error_regulate(old_optimizer), or begin anew with tx.init(params)."
+)
 
 
 def adopt(
@@ -115,7 +119,9 @@ def _take_over(new: Any, old: Any) -> Any:
     taken = _fill(new, parts, _num_steps(parts))
     lost = [type(part).__name__ for part in parts if not isinstance(part, _OPTIONAL)]
     if lost:
-        raise ValueError(f"the new optimizer has no place for {', '.join(lost)}.")
+        raise ValueError(
+            f"the new optimizer has no place for {', '.join(lost)}. {_ADVICE}"
+        )
     return taken
 
 
@@ -209,8 +215,8 @@ def _moments(new: Any, old: Any) -> Any:
 def _same(new: Any, old: Any) -> Any:
     if _tree(new) != _tree(old):
         raise ValueError(
-            f"opt_state is that of other params: where it has {_tree(old)}, the new "
-            f"one has {_tree(new)}."
+            "opt_state is that of other params: their trees differ. The order is "
+            "adopt(tx, params, opt_state)."
         )
     return jax.tree.map(_fit, new, old)
 
@@ -235,4 +241,4 @@ def _begun(new: Any, num_steps: jax.Array | None) -> Any:
         return under_way(new, steps)
     if isinstance(new, optax.ScaleByScheduleState):
         return new._replace(count=_fit(new.count, steps))
-    raise ValueError(f"opt_state has nothing for {type(new).__name__}.")
+    raise ValueError(f"opt_state has nothing for {type(new).__name__}. {_ADVICE}")

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ._checks import check_range, check_transformation
+from ._checks import check_range, check_second_level
 from ._macro import scale_by_macro_rate
 from ._micro import scale_by_micro_rate
 from ._regulate import error_regulate
@@ -60,7 +60,7 @@ def lalerg(
     it takes the steps of ``optax.adamw``.
 
     Args:
-      learning_rate: a positive float or an Optax schedule. With ``search`` it need
+      learning_rate: a float, at least 0, or an Optax schedule. With ``search`` it need
         not be right: the macro level multiplies it by a rate that it finds. A
         schedule keeps its shape. A float has none, so that the macro level also
         lowers the rate when the loss stalls (``anneal``).
@@ -72,9 +72,10 @@ def lalerg(
       weight_decay: decoupled weight decay, at least 0, as in ``optax.adamw``.
       mask: which parameters to decay, as in ``optax.add_decayed_weights``.
       clip_norm: if given, gradients are scaled down to this global norm.
-      micro: the second level, any Optax transformation without sign flip
-        (``optax.scale_by_rss()``, ``optax.scale_by_lion()``, ...); by default
-        ``scale_by_micro_rate`` with the four arguments above.
+      micro: the second level, any Optax transformation without learning rate and
+        sign flip (``optax.scale_by_rss()``, ``optax.scale_by_lion()``, ...); by default
+        ``scale_by_micro_rate`` with the first four arguments above, which are not
+        used otherwise.
       search: whether the macro level looks for the rate, up and down. If False the
         rate is the user's, times the damping of the regulator.
       threshold: see `error_regulate`.
@@ -89,7 +90,9 @@ def lalerg(
       keyword ``value``, the loss at the current params, and needs the params.
 
     Raises:
-      ValueError: for a hyperparameter outside of its range.
+      TypeError: if ``micro`` is no transformation or refuses extra arguments.
+      ValueError: for a hyperparameter outside of its range, and for a ``micro`` whose
+        updates point against the gradient.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo
@@ -112,7 +115,7 @@ def lalerg(
       `scale_by_micro_rate` for what they descend from.
     """
     if micro is not None:
-        check_transformation("micro", micro)
+        check_second_level("micro", micro)
     check_range("weight_decay", weight_decay, 0.0, float("inf"))
     if not callable(learning_rate):
         check_range("learning_rate", learning_rate, 0.0, float("inf"))

@@ -147,7 +147,8 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     if not (regulators or macros or micros):
         raise ValueError(
             "opt_state has no state of error_regulate, scale_by_macro_rate or "
-            "scale_by_micro_rate in it."
+            "scale_by_micro_rate in it. Pass what tx.update returned; with Flax NNX "
+            "that is optimizer.opt_state."
         )
     groups = {**regulators, **macros, **micros}
     report = {

@@ -205,5 +205,6 @@ def _checked(scalars: dict[str, Any], *, ndim: int) -> Block:
         kept[name] = jnp.copy(x) if isinstance(x, jax.Array) else np.asarray(x)
         if kept[name].ndim != ndim:
             wanted = "an array over steps (one axis)" if ndim else "a scalar"
-            raise ValueError(f"{name} must be {wanted}, got shape {np.shape(x)}.")
+            hint = "" if ndim else ": take the mean over what it has one value for"
+            raise ValueError(f"{name} must be {wanted}, got shape {np.shape(x)}{hint}.")
     return kept

@@ -308,7 +308,9 @@ def error_regulate(
 
     *Flat*, ``error_regulate()`` at the end of a chain: the incoming updates are no
     gradients and their size follows the schedule, so only the loss is judged, and
-    whether the updates are finite; without a loss (``value=None``), their norm.
+    whether the updates are finite; without a loss (``value=None``), their norm. Links
+    of this package in front of it keep NaN out of their states; others do not, and
+    belong inside ``optax.apply_if_finite``.
 
     Scale invariant in the loss. Shift invariant as long as the noise of the loss is
     above 1e-5 of its level.

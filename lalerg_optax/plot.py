@@ -82,8 +82,9 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
     prefix = f"{group}/" if group else ""
     if f"{prefix}verdict" not in history:
         raise ValueError(
-            f"history has no {prefix}verdict: record lo.metrics(opt_state), and for "
-            "an optimizer with several regulators give the group."
+            f"history has no {prefix}verdict: call recorder.record(opt_state, "
+            "loss=loss) at each step first, and for an optimizer with several "
+            "regulators give the group."
         )
     told = {name: np.asarray(x) for name, x in history.items()}
     told |= {name.removeprefix(prefix): x for name, x in told.items()}
