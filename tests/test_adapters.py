@@ -183,6 +183,27 @@ def test_the_mean_over_examples_carries_the_mean_loss():
     assert jnp.mean(grads.slot) == 3.0
 
 
+def test_keyword_arguments_reach_the_loss():
+    carrying = lo.carry_value(lambda p, x, *, power: jnp.sum(p * x) ** power)
+    assert carrying(lo.Carrier(jnp.ones(2)), 3.0, power=2) == 36.0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_loss_of_any_width_is_carried(dtype):
+    params = jnp.array([1.0, 2.0], dtype)
+    loss, grads = jax.value_and_grad(lo.carry_value(jnp.sum))(lo.Carrier(params))
+    assert (loss, loss.dtype, grads.slot) == (3.0, dtype, 3.0)
+    assert grads.params.dtype == dtype
+
+
+def test_the_slot_adds_no_curvature():
+    carrying = lo.carry_value(lambda p: jnp.sum(p**3))
+    hessian = jax.hessian(carrying)(lo.Carrier(jnp.array([1.0, 2.0])))
+    np.testing.assert_array_equal(hessian.params.params, np.diag([6.0, 12.0]))
+    for rest in (hessian.params.slot, hessian.slot.params, hessian.slot.slot):
+        np.testing.assert_array_equal(rest, 0.0)
+
+
 @all_optimizers
 def test_a_loss_from_the_gradient_gives_the_run_of_one_that_is_passed(name):
     tx = OPTIMIZERS[name]()
@@ -240,6 +261,37 @@ def test_flax_train_state_by_itself_carries_the_loss():
 
     state, verdicts = jax.jit(functools.partial(jax.lax.scan, step))(state, rows)
     assert_faults_were_survived(state.params.params, verdicts.tolist())
+
+
+# ---- all of them ---------------------------------------------------------------------
+
+
+def spy(seen):
+    """Returns a transformation that tells what it is handed."""
+
+    def update(updates, state, params=None, **extra_args):
+        del params
+        seen.update(extra_args)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "value"), list(zip(ADAPTERS, (None, 5.0, 2.0), strict=True))
+)
+def test_an_adapter_hands_everything_on_and_the_value_as_it_says(adapter, value):
+    seen, tree = {}, lo.Carrier(jnp.ones(3), jnp.float32(2.0))
+    tx = adapter(spy(seen))
+    tx.update(tree, tx.init(tree), tree, value=5.0, key="for the inner one")
+    assert seen == {"key": "for the inner one", "value": value}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_adapter_of_a_transformation_that_takes_no_value_drops_it(adapter):
+    tx, tree = adapter(optax.sgd(0.5)), lo.Carrier(jnp.ones(3))
+    updates, _ = tx.update(tree, tx.init(tree), tree, value=5.0)
+    np.testing.assert_array_equal(updates.params, -0.5)
 
 
 # ---- errors -------------------------------------------------------------------------

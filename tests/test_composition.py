@@ -174,6 +174,31 @@ def test_a_line_search_gets_what_its_function_takes(value_fn, extra):
     assert np.any(results[0]["w"] != 0)
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_line_search_sees_no_more_of_a_gradient_than_other_links(bad):
+    seen, params = [], jnp.array([3.0, 4.0])
+    tx = lo.error_regulate(spy(seen), clip_norm=1.0)
+    state = tx.init(params)
+    for grads in (params, bad * params):
+        _, state = tx.update(grads, state, params, value=1.0, grad=grads)
+    np.testing.assert_allclose(seen[0]["grad"], [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_array_equal(seen[1]["grad"], 0.0)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_scalar_of_the_inner_state_that_would_not_be_finite_keeps_its_value(bad):
+    def update(updates, state, params=None):
+        del params
+        return updates, {"estimate": state["estimate"] * bad, "count": state["count"]}
+
+    inner = optax.GradientTransformation(
+        lambda _: {"estimate": jnp.float32(2.5), "count": jnp.int32(3)}, update
+    )
+    tx, params = lo.error_regulate(inner), jnp.ones(2)
+    _, state = tx.update(params, tx.init(params), params, value=1.0)
+    assert state.inner_state == {"estimate": 2.5, "count": 3}
+
+
 @pytest.mark.parametrize("form", ["lalerg", "regulated-adam"])
 def test_a_verdict_from_outside_is_ignored(form):
     tx, params = FORMS[form](), TREES["float32"]

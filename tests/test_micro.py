@@ -234,6 +234,18 @@ def test_per_tensor_second_moments_are_real_scalars_of_full_width(dtype):
         assert np.all(np.isfinite(updates["w"].astype(jnp.complex64)))
 
 
+@pytest.mark.parametrize(("b2", "expected"), [(0.9, 0.95), (1, 5.5)])
+def test_per_tensor_second_moments_begin_at_the_initial_scale(b2, expected):
+    tx = lo.scale_by_micro_rate(
+        b2=b2, bias_correction=False, initial_scale=0.5, per_tensor=True
+    )
+    grads = jnp.array([1.0, 3.0])
+    state = tx.init(grads)
+    assert state.nu == 0.5
+    _, state = tx.update(grads, state)
+    np.testing.assert_allclose(state.nu, expected, rtol=1e-6)
+
+
 def test_per_tensor_keeps_the_direction_within_a_tensor():
     grads = jnp.array([3.0, -4.0, 12.0, 0.0])
     tx = lo.scale_by_micro_rate(per_tensor=True)

@@ -134,6 +134,18 @@ def test_predicted_decrease_is_what_the_loss_falls_by_on_a_slope():
     np.testing.assert_allclose(told[:-1], -np.diff(losses), rtol=1e-3)
 
 
+def test_a_leaf_that_climbs_has_a_negative_predicted_decrease():
+    tx = lo.error_regulate(optax.sgd(0.1, momentum=0.5), local=True)
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    state = tx.init(params)
+    for climbing in (1.0, -0.25):  # the momentum of the first step wins
+        grads = {"a": jnp.full(1, climbing), "b": jnp.ones(1)}
+        _, state = tx.update(grads, state, params, value=1.0)
+    report = lo.metrics(state)
+    np.testing.assert_allclose(report["predicted_decrease/a"], -0.25 * 0.025, rtol=1e-5)
+    np.testing.assert_allclose(report["predicted_decrease/b"], 0.15, rtol=1e-5)
+
+
 # ---- free when off, cheap when on ---------------------------------------------------
 
 
@@ -240,6 +252,25 @@ def test_under_shard_map_all_devices_tell_the_view_of_the_mean_gradient():
     wanted = local_of(lo.lalerg(1e-3, local=True))
     for told, expected in zip(state.local, wanted, strict=True):
         np.testing.assert_allclose(told, expected, rtol=1e-3)
+
+
+def test_devices_that_pass_their_own_gradients_tell_the_same_view():
+    tx = lo.error_regulate(optax.sgd(0.1), local=True, axis_name="d")
+    params, grads = jnp.ones(1), jnp.array([[1.0], [7.0]])
+    state = tx.init(params)
+
+    def step(grads):
+        return tx.update(grads, state, params, value=1.0)[1].local
+
+    local = jax.vmap(step, axis_name="d")(grads)
+    told = {name: x[:, 0].tolist() for name, x in local._asdict().items()}
+    wanted = {  # from the means of squares over devices
+        "leaf_grad_norm": 5.0,
+        "effective_rate": 0.1,
+        "update_ratio": 0.5,
+        "predicted_decrease": 2.5,
+    }
+    chex.assert_trees_all_close(told, {k: [x, x] for k, x in wanted.items()}, rtol=1e-6)
 
 
 def test_under_vmap_every_run_has_its_own_view():

@@ -65,6 +65,9 @@ def test_rates_are_drawn_with_their_product():
         drawn["both together"].get_ydata(), history["macro_rate"] * history["damping"]
     )
     np.testing.assert_array_equal(
+        drawn["macro rate (search)"].get_ydata(), history["macro_rate"]
+    )
+    np.testing.assert_array_equal(
         drawn["damping (after reverts)"].get_ydata(), history["damping"]
     )
 
@@ -93,6 +96,16 @@ def test_without_a_loss_the_average_is_drawn():
     axes = plot.run(history).axes[0]
     assert axes.get_ylabel() == "average loss"
     np.testing.assert_array_equal(axes.get_lines()[0].get_ydata(), history["avg_value"])
+
+
+def test_a_value_that_stands_for_infinity_is_marked_at_the_top():
+    history = make_history()
+    del history["loss"]
+    history["avg_value"][10] = 1e37
+    axes = plot.run(history).axes[0]
+    assert axes.get_ylim()[1] < 10.0
+    assert 1.0 < lines(axes)["skipped"].get_ydata()[0] < axes.get_ylim()[1]
+    assert "at the top" in lines(axes)
 
 
 def test_one_group_of_several_is_drawn_by_its_name():
@@ -128,6 +141,32 @@ def test_layers_are_rows_and_steps_are_columns():
     assert not table.mask[:, :10].any()
     assert image.get_extent()[:2] == [99.5, 149.5]
     assert "|u| / |p|" in bar.get_ylabel()
+
+
+def test_what_is_not_finite_in_a_leaf_is_grey_and_sets_no_scale():
+    norms = np.linspace(1.0, 2.0, NUM_STEPS)
+    norms[10] = 1e37
+    figure = plot.layers({"grad_norm/w": norms}, "grad_norm")
+    (image,) = figure.axes[0].get_images()
+    assert np.flatnonzero(image.get_array().mask[0]).tolist() == [10]
+    assert image.norm.vmax < 2.1
+
+
+def test_a_few_extremes_do_not_set_the_scale():
+    ratios = np.full(1000, 1e-3)
+    ratios[500] = 1e6
+    (image,) = plot.layers({"update_ratio/w": ratios}).axes[0].get_images()
+    assert image.norm.vmax < 2e-3
+
+
+@pytest.mark.parametrize("num_leaves", [1, 60, 61, 130])
+def test_labels_stand_beside_their_own_leaves(num_leaves):
+    ratio = np.full(3, 1e-3)
+    history = {f"update_ratio/layers/{i}": ratio for i in range(num_leaves)}
+    axes = plot.layers(history).axes[0]
+    assert 1 <= len(axes.get_yticks()) <= 60
+    for place, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
+        assert label.get_text().removeprefix("layers/") == str(place)
 
 
 def test_the_sign_of_a_predicted_decrease_is_seen():

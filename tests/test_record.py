@@ -183,6 +183,8 @@ def test_a_vector_is_no_loss():
         lo.Recorder().extend(loss=1.0)
     with pytest.raises(ValueError, match="must have one length"):
         lo.Recorder().extend(loss=np.ones(3), rate=np.ones(2))
+    with pytest.raises(ValueError, match="must have one length"):
+        lo.Recorder().extend()
 
 
 def test_inside_of_jit_it_says_what_to_do_instead():
@@ -277,6 +279,25 @@ def test_the_bounds_are_those_of_the_docstring(num_skips, num_reverts, is_many, 
         assert f"{num_reverts} reverts and {num_skips} skips in " in messages[0]
 
 
+@pytest.mark.parametrize("fetch_every", [1, 100, 1000])
+@pytest.mark.parametrize(
+    "steps",
+    [range(300, 311), [*range(210, 215), *range(700, 706)]],
+    ids=["together", "a window apart"],
+)
+def test_a_pile_up_is_told_however_many_steps_are_fetched_at_once(steps, fetch_every):
+    (message,) = told_of(verdicts_with(2000, steps, SKIP), fetch_every)
+    assert f"11 skips in {min(500, steps[-1] + 1)} steps" in message
+    assert f"(up to step {steps[-1]})" in message
+
+
+def test_a_revert_counts_from_its_first_step_on():
+    steps = [*range(100, 110), 300]
+    assert not told_of(verdicts_with(301, steps[:-1], REVERT))
+    (message,) = told_of(verdicts_with(301, steps, REVERT))
+    assert "6 reverts and 0 skips in 301 steps" in message
+
+
 def test_interventions_that_are_spread_out_do_not_warn():
     assert not told_of(verdicts_with(10_000, np.arange(0, 10_000, 50), SKIP))
 
@@ -292,6 +313,7 @@ def test_a_warning_says_who_objected_and_where():
     verdicts = verdicts_with(600, steps, SKIP)
     error, norm, kernel, head = np.zeros((4, 600))
     error[steps[:7]] = 5.0
+    error[100] = 5.0  # accepted, as a new level is in the end
     norm[steps[6:9]] = 2.0
     norm[steps[9:]] = 1e37
     kernel[steps] = 30.0
@@ -322,6 +344,39 @@ def test_each_regulator_of_a_partition_is_counted_by_itself():
     recorder.extend({"encoder/verdict": bad, "head/verdict": 0 * bad})
     with pytest.warns(lo.InterventionWarning, match="of encoder: 0 reverts and 20 s"):
         recorder.flush()
+
+
+@pytest.mark.parametrize(
+    ("signal", "cause"),
+    [
+        ("scaled_drift", "a slow rise of the loss (11 steps)"),
+        ("damping", "the learning rate: the search went back"),
+    ],
+)
+def test_a_revert_without_an_outlier_has_its_own_cause(signal, cause):
+    verdicts = verdicts_with(100, range(50, 62), REVERT)
+    (message,) = told_of(verdicts, **{signal: np.full(100, 2.0)})
+    assert message.endswith(f"look at {cause}.")
+
+
+def test_each_regulator_warns_of_its_own_signals_and_leaves():
+    bad = verdicts_with(100, np.arange(20), SKIP)
+    error, norm = np.full(100, 5.0), np.full(100, 30.0)
+    others = {
+        "encoder/scaled_error": error,
+        "head/scaled_norm_error": error,
+        "head/grad_norm/out/kernel": norm,
+    }
+    recorder = lo.Recorder()
+    recorder.extend({"encoder/verdict": bad, "head/verdict": bad, **others})
+    with pytest.warns(lo.InterventionWarning) as caught:
+        recorder.flush()
+    encoder, head = (str(w.message) for w in caught)
+    assert encoder.startswith("of encoder: ")
+    assert encoder.endswith("look at the loss (20 steps).")
+    assert head.startswith("of head: ")
+    assert "look at the gradient norm (20 steps)." in head
+    assert head.endswith("was that of out/kernel (up to 3.0e+01).")
 
 
 def test_a_real_run_of_bad_batches_warns():
