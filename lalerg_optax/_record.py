@@ -131,6 +131,7 @@ class Recorder:
         """
         told = {} if opt_state is None else {_REPORT: _report(opt_state)}
         self._append({**told, **_checked(scalars, ndim=0)}, 1)
+        self._fetch(self._fetch_every)
 
     def extend(self, stacked: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Records the steps of a ``jax.lax.scan``.
@@ -149,6 +150,7 @@ class Recorder:
         if len(set(lengths.values())) != 1:
             raise ValueError(f"all arrays must have one length, got {lengths}.")
         self._append(block, next(iter(lengths.values())))
+        self._fetch(self._fetch_every)
 
     def flush(self) -> None:
         """Fetches and writes all that was recorded; waits for the device."""
@@ -161,7 +163,7 @@ class Recorder:
           A dict of arrays with an entry for each step, by name; ``"step"`` has their
           numbers. Where a name was not recorded there is NaN.
         """
-        self.flush()
+        self._fetch(0)
         return joined(self._fetched) if self._fetched else {"step": np.zeros(0, int)}
 
     def _append(self, block: Block, length: int) -> None:
@@ -169,11 +171,14 @@ class Recorder:
         self._next_step += length
         self._pending.append(block)
         self._num_pending += length
-        if self._num_pending >= 2 * self._fetch_every:
-            self._fetch(self._fetch_every)
 
     def _fetch(self, num_left: int) -> None:
-        """Fetches the oldest steps; at least so many are left where they are."""
+        """Fetches the oldest steps, if there are twice as many as are to be left.
+
+        Warnings name the line that called the caller of this.
+        """
+        if self._num_pending < 2 * num_left:
+            return
         taken = []
         while self._pending:
             length = len(self._pending[0]["step"])

@@ -79,7 +79,7 @@ class Watch:
                 if key.startswith(group) or key == "step"
             }
             text = _warning(group, int(num_skips[end]), int(num_reverts[end]), part)
-            warnings.warn(text, InterventionWarning, stacklevel=5)
+            warnings.warn(text, InterventionWarning, stacklevel=4)
 
 
 def joined(blocks: list[Block]) -> Block:

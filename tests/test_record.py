@@ -379,6 +379,25 @@ def test_each_regulator_warns_of_its_own_signals_and_leaves():
     assert head.endswith("was that of out/kernel (up to 3.0e+01).")
 
 
+FETCHING = {
+    "record": lambda recorder: recorder.record(verdict=ACCEPT),
+    "extend": lambda recorder: recorder.extend(verdict=np.zeros(1, int)),
+    "flush": lambda recorder: recorder.flush(),
+    "history": lambda recorder: recorder.history(),
+}
+
+
+@pytest.mark.parametrize("fetch", FETCHING.values(), ids=FETCHING)
+def test_a_warning_names_the_line_that_called_the_recorder(fetch):
+    recorder = lo.Recorder(fetch_every=1)
+    recorder.extend(verdict=np.full(12, SKIP))  # the last batch is left
+    with pytest.warns(lo.InterventionWarning) as caught:
+        fetch(recorder)
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert warning.lineno == fetch.__code__.co_firstlineno
+
+
 def test_a_real_run_of_bad_batches_warns():
     recorder = lo.Recorder()
     run(recorder, losses=[1.0] * 5 + [float("nan")] * 20)
