@@ -222,6 +222,9 @@ def layers(history: History, name: str = "update_ratio", *, group: str = "") -> 
         for key, x in history.items()
         if key.startswith(prefix)
     }
+    alone = prefix.removesuffix("/")
+    if not rows and alone in history:  # params that are one array
+        rows = {name: np.asarray(history[alone], float)}
     if not rows:
         raise ValueError(
             f"history has nothing that begins with {prefix!r}: make the optimizer with "

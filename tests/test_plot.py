@@ -152,6 +152,15 @@ def test_what_is_not_finite_in_a_leaf_is_grey_and_sets_no_scale():
     assert image.norm.vmax < 2.1
 
 
+@pytest.mark.parametrize("group", ["", "encoder"])
+def test_params_that_are_one_array_are_one_row(group):
+    prefix = f"{group}/" if group else ""
+    history = {f"{prefix}update_ratio": np.full(3, 1e-3), f"{prefix}grad_norm": [1.0]}
+    axes = plot.layers(history, group=group).axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["update_ratio"]
+    assert axes.get_images()[0].get_array().shape == (1, 3)
+
+
 def test_a_few_extremes_do_not_set_the_scale():
     ratios = np.full(1000, 1e-3)
     ratios[500] = 1e6
