@@ -224,6 +224,7 @@ OTHERS = {
     "lion": optax.lion(1e-3),
     "adafactor": optax.adafactor(1e-3),
     "schedule-free": schedule_free_adamw(1e-3),
+    "two of a kind": optax.chain(optax.trace(0.9), optax.trace(0.5), optax.sgd(0.1)),
 }
 
 
@@ -234,6 +235,30 @@ def test_any_optimizer_goes_on_within_error_regulate(plain):
     adopted = lo.adopt(lo.error_regulate(plain), params, state)
     chex.assert_trees_all_equal(adopted.inner_state, state)
     chex.assert_trees_all_equal(lo.adopt(plain, params, adopted), state)
+
+
+def test_a_random_key_goes_on():
+    params, key = init_params(), jax.random.key(3)
+    plain = optax.chain(optax.sgd(1e-3), optax.add_noise(0.1, 0.5, key))
+    _, state = plain.update(params, plain.init(params), params)
+    adopted = lo.adopt(lo.error_regulate(plain), params, state)
+    taken = adopted.inner_state[-1].rng_key
+    assert taken == state[-1].rng_key
+    assert taken != key
+
+
+@pytest.mark.parametrize("memory", ["pinned_host", "device"])
+def test_an_anchor_goes_on_in_the_memory_of_the_new_optimizer(memory):
+    params = init_params()
+    (other,) = {"pinned_host", "device"} - {memory}
+    old, new = (lo.lalerg(anchor_memory=m) for m in (other, memory))
+    state = old.init(params)
+    adopted = lo.adopt(new, params, state)
+    kinds = {a.sharding.memory_kind for a in jax.tree.leaves(adopted.anchor)}
+    assert kinds == {memory}
+    chex.assert_trees_all_equal(
+        *(jax.tree.map(np.asarray, s.anchor) for s in (adopted, state))
+    )
 
 
 def test_another_second_level_goes_on():

@@ -150,8 +150,9 @@ def test_a_line_searchs_function_beside_the_loss_changes_nothing_for_other_links
         (square_loss, {"target": 3.0}),
         (lambda params, **kwargs: square_loss(params, **kwargs), {}),
         (functools.partial(square_loss, target=2.0), {}),
+        (lambda params, verdict=None: square_loss(params), {}),
     ],
-    ids=["by name", "all keywords", "partial"],
+    ids=["by name", "all keywords", "partial", "a name of ours"],
 )
 def test_a_line_search_gets_what_its_function_takes(value_fn, extra):
     params = TREES["float32"]

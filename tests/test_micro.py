@@ -127,12 +127,33 @@ def test_a_held_step_keeps_a_second_moment_of_any_kind(name):
     assert held.num_micro_held == 1
 
 
-def test_a_sum_cannot_grow_beyond_what_float32_holds():
-    tx = lo.scale_by_micro_rate(**SUM, gradient_share=1)
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_a_sum_cannot_grow_beyond_what_float32_holds(per_tensor):
+    tx = lo.scale_by_micro_rate(**SUM, gradient_share=1, per_tensor=per_tensor)
     grads = jnp.full((20, 1), 1.5e19)
     _, state = all_updates(tx, grads)
-    assert np.isfinite(state.nu)
-    assert state.nu[0] > 3e38
+    assert np.all(np.isfinite(state.nu))
+    assert np.all(state.nu > 3e38)
+
+
+def test_a_decay_that_is_1_in_float32_makes_a_sum():
+    tx = lo.scale_by_micro_rate(b2=1.0 - 1e-9, bias_correction=False)
+    grads = jnp.array([1.0, 3.0])
+    _, state = tx.update(grads, tx.init(grads))
+    np.testing.assert_array_equal(state.nu, grads**2)
+
+
+@pytest.mark.parametrize("mu_dtype", ["bfloat16", "float16"])
+def test_the_first_moment_alone_is_kept_in_its_own_dtype(mu_dtype):
+    chosen = {"b2": 0.999, "gradient_share": 0}
+    expected, _ = all_updates(lo.scale_by_micro_rate(**chosen), gradients())
+    tx = lo.scale_by_micro_rate(**chosen, mu_dtype=mu_dtype)
+    found, state = all_updates(tx, gradients())
+    assert {x.dtype for x in jax.tree.leaves(state.mu)} == {jnp.dtype(mu_dtype)}
+    assert {x.dtype for x in jax.tree.leaves(state.nu)} == {jnp.dtype("float32")}
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == jnp.float32
+        np.testing.assert_allclose(x, y, atol=0.03)
 
 
 @pytest.mark.parametrize("bad", [-1.0, jnp.nan, jnp.inf])
