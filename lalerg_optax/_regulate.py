@@ -331,7 +331,8 @@ def error_regulate(
       local: whether to tell, too, what a step did to each leaf of the params:
         `metrics` then has ``"update_ratio/<leaf>"`` and others. Costs nothing when off;
         when on, one more pass over gradients, updates and params, and room for about
-        an eighth of the updates, or for the largest leaf.
+        an eighth of the updates (and with JAX 0.12 in bfloat16 a leaf more), or for
+        the largest leaf.
       anchor_dtype: dtype of the anchor of real params, ``"bfloat16"`` say, which
         takes half of the memory; by default that of the params. A revert then goes
         back to the rounded params. It has to have the range of float32.
