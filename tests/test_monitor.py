@@ -30,7 +30,10 @@ OPTIMIZERS = {
     "clipped": lambda local: lo.lalerg(1e-3, clip_norm=0.1, local=local),
     "regulated Adam": lambda local: lo.error_regulate(optax.adam(1e-3), local=local),
 }
-all_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
+all_optimizers = pytest.mark.parametrize(
+    "name",
+    ["lalerg", "regulated Adam", pytest.param("clipped", marks=pytest.mark.slow)],
+)
 
 
 def tell_all(tx, params, data, loss_fn=loss_fn):
@@ -357,7 +360,10 @@ def test_flax_bytes_keep_the_view():
     chex.assert_trees_all_equal(restored, state)
 
 
-@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(False, True), pytest.param(True, False, marks=pytest.mark.slow)],
+)
 def test_the_view_can_be_switched_in_mid_run(before, after):
     old, new = lo.lalerg(1e-3, local=before), lo.lalerg(1e-3, local=after)
     params = init_params()
