@@ -216,15 +216,16 @@ def layers(history: History, name: str = "update_ratio", *, group: str = "") -> 
       >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
       ['hidden/kernel', 'out/kernel']
     """
-    prefix = f"{group}/{name}/" if group else f"{name}/"
+    of_group = f"{group}/" if group else ""
+    prefix = f"{of_group}{name}/"
     rows = {
         key.removeprefix(prefix): np.asarray(x, float)
         for key, x in history.items()
         if key.startswith(prefix)
     }
-    alone = prefix.removesuffix("/")
-    if not rows and alone in history:  # params that are one array
-        rows = {name: np.asarray(history[alone], float)}
+    alone = f"{of_group}{name}"
+    if alone in history and f"{of_group}update_ratio" in history:
+        rows = {name: np.asarray(history[alone], float)}  # params are one array
     if not rows:
         raise ValueError(
             f"history has nothing that begins with {prefix!r}: make the optimizer with "

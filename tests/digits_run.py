@@ -100,4 +100,5 @@ def train_sharded(tx, layout, data=None):
     mesh = make_mesh()
     params = put(init_params(), mesh, SHARDINGS[layout])
     data = put(data or batches(), mesh, PartitionSpec(None, "d"))
-    return jax.jit(make_run(tx))(params, tx.init(params), data)
+    run = jax.jit(make_run(tx), donate_argnums=(0, 1))
+    return run(params, tx.init(params), data)

@@ -10,6 +10,7 @@ import optax
 import pytest
 from digits_run import ALONE, BURST, batches, init_params, loss_fn
 from flax.training import train_state
+from spies import spy
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
@@ -266,25 +267,14 @@ def test_flax_train_state_by_itself_carries_the_loss():
 # ---- all of them ---------------------------------------------------------------------
 
 
-def spy(seen):
-    """Returns a transformation that tells what it is handed."""
-
-    def update(updates, state, params=None, **extra_args):
-        del params
-        seen.update(extra_args)
-        return updates, state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-
-
 @pytest.mark.parametrize(
     ("adapter", "value"), list(zip(ADAPTERS, (None, 5.0, 2.0), strict=True))
 )
 def test_an_adapter_hands_everything_on_and_the_value_as_it_says(adapter, value):
-    seen, tree = {}, lo.Carrier(jnp.ones(3), jnp.float32(2.0))
+    seen, tree = [], lo.Carrier(jnp.ones(3), jnp.float32(2.0))
     tx = adapter(spy(seen))
     tx.update(tree, tx.init(tree), tree, value=5.0, key="for the inner one")
-    assert seen == {"key": "for the inner one", "value": value}
+    assert seen == [{"key": "for the inner one", "value": value}]
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from spies import spy
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
@@ -100,17 +101,6 @@ def test_unknown_extra_args_are_ignored(form):
     update = functools.partial(tx.update, params, state, params, value=1.0)
     with_extra_args = jax.jit(functools.partial(update, nobody_asked=7, batch={}))()
     chex.assert_trees_all_equal(with_extra_args, jax.jit(update)())
-
-
-def spy(seen):
-    """Returns a link that writes down the extra arguments that it gets."""
-
-    def update(updates, state, params=None, **extra_args):
-        del params
-        seen.append(extra_args)
-        return updates, state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def test_extra_args_reach_the_wrapped_transformation():

@@ -184,9 +184,11 @@ def test_the_sign_of_a_predicted_decrease_is_seen():
     assert image.norm(0.0) == pytest.approx(0.5)
 
 
-def test_what_was_not_recorded_is_a_value_error():
+@pytest.mark.parametrize("name", ["update_ratio", "grad_norm"])
+def test_what_was_not_recorded_is_a_value_error(name):
+    history = {"loss": np.ones(3), "grad_norm": np.ones(3)}  # of no leaf
     with pytest.raises(ValueError, match="local=True"):
-        plot.layers({"loss": np.ones(3)}, "update_ratio")
+        plot.layers(history, name)
 
 
 @pytest.mark.parametrize("draw", [plot.run, plot.layers])
