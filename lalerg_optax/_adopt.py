@@ -240,5 +240,6 @@ def _begun(new: Any, num_steps: jax.Array | None) -> Any:
     if isinstance(new, ScaleByMacroRateState):
         return under_way(new, steps)
     if isinstance(new, optax.ScaleByScheduleState):
-        return new._replace(count=_fit(new.count, steps))
+        # a real copy: a buffer that is in a state twice cannot be donated
+        return new._replace(count=jnp.copy(_fit(new.count, steps)))
     raise ValueError(f"opt_state has nothing for {type(new).__name__}. {_ADVICE}")

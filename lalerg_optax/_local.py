@@ -43,8 +43,9 @@ class LocalView(NamedTuple):
 
 def init_local(params: optax.Params) -> LocalView:
     """Returns the view of a run that has not made a step."""
-    zeros = jnp.zeros(len(jax.tree.leaves(params)), jnp.float32)
-    return LocalView(zeros, zeros, zeros, zeros)
+    # each a buffer of its own: one that is there twice cannot be donated
+    num_leaves = len(jax.tree.leaves(params))
+    return LocalView(*(jnp.zeros(num_leaves, jnp.float32) for _ in LocalView._fields))
 
 
 class LeafSquares(NamedTuple):

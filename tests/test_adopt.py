@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from buffers import shared_buffers
 from digits_run import SHARDINGS, batches, init_params, loss_fn, make_mesh, put
 from optax.contrib import schedule_free_adamw
 
@@ -127,6 +128,17 @@ def test_there_and_back_again_is_the_state_bit_for_bit(name):
 def test_a_schedule_that_is_new_begins_where_the_moments_are():
     params, state = before("adam")
     assert lo.adopt(LALERG["adamw"], params, state).inner_state[-1].count == NUM_BEFORE
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_what_is_adopted_can_be_donated(search):
+    """What it shares with the old state goes with that; nothing is in it twice."""
+    params, state = before("adam")  # which has no schedule, and so no count for one
+    for tx in (
+        lo.lalerg(DECAY, search=search),
+        lo.error_regulate(optax.adamw(DECAY), local=True),
+    ):
+        assert shared_buffers((params, lo.adopt(tx, params, state))) == []
 
 
 FAULTS = {  # first step that is bad, how many, factor of the inputs

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from buffers import shared_buffers
 from digits_run import SHARDINGS
 from flax import serialization
 from jax.sharding import NamedSharding, PartitionSpec
@@ -137,11 +138,42 @@ def test_donated_buffers():
     assert_same_run(train(step, params, TX.init(params), batches(0)))
 
 
-def test_donating_the_state_of_the_first_step_shares_no_buffer():
+SCHEDULE = optax.linear_schedule(1e-3, 0.0, NUM_STEPS)
+DONATED = {
+    "lalerg": lo.lalerg(SCHEDULE),
+    "local view": lo.lalerg(1e-3, local=True),
+    "clipped, narrow anchor": lo.lalerg(1e-3, clip_norm=1.0, anchor_dtype="bfloat16"),
+    "one rate a tensor": lo.lalerg(1e-3, micro=lo.scale_by_micro_rate(per_tensor=True)),
+    "around adamw": lo.error_regulate(optax.adamw(SCHEDULE), local=True),
+    "flat": optax.chain(
+        lo.scale_by_micro_rate(),
+        lo.scale_by_macro_rate(),
+        optax.scale_by_learning_rate(SCHEDULE),
+        lo.error_regulate(),
+    ),
+    "tracked params": lo.tracks_params(lo.lalerg(SCHEDULE)),
+    "injected": optax.inject_hyperparams(lo.lalerg)(learning_rate=1e-3),
+}
+
+
+@pytest.mark.parametrize("tx", DONATED.values(), ids=DONATED)
+def test_params_and_state_can_be_donated_from_the_first_step_on(tx):
     params = init_params()
-    leaves = jax.tree.leaves((params, TX.init(params)))
-    pointers = [leaf.unsafe_buffer_pointer() for leaf in leaves]
-    assert len(set(pointers)) == len(pointers)
+    state = tx.init(params)
+    assert shared_buffers((params, state)) == []
+    batch = jax.tree.map(lambda x: x[0], batches(0))
+    donating = jax.jit(make_step(tx), donate_argnums=(0, 1))
+    _, after = donating(params, state, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves(params))
+    assert lo.metrics(after)["verdict"] == Verdict.ACCEPT
+
+
+@pytest.mark.parametrize("tx", DONATED.values(), ids=DONATED)
+def test_a_step_outside_of_jit_leaves_a_state_that_can_be_donated(tx):
+    params = init_params()
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, state = tx.update(grads, tx.init(params), params, value=1.0)
+    assert shared_buffers((lo.apply_updates(params, updates, state), state)) == []
 
 
 def test_state_survives_pickle_deepcopy_and_flax_bytes():
