@@ -27,7 +27,7 @@ from ._checks import (
     check_state_type,
     check_updates,
 )
-from ._gate import count_if
+from ._gate import computed_once, count_if
 from ._inner import as_inner
 from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge, overrule
 from ._local import LocalView, act_in_turn, init_local, leaf_squares
@@ -188,7 +188,7 @@ def _move_anchor(
                 num_looks=jnp.where(is_told, 0.0, num_looks),
             )
             judged = overrule(is_failed, judged, state.judge_state.scalars)
-        anchor = move(is_moved, state.anchor, params)
+        anchor = move(computed_once(is_moved), state.anchor, params)
         return anchor, pack(seen._replace(is_moved=is_moved)), judged
 
     def keep() -> tuple[optax.Params, Scalars, Scalars]:

@@ -128,7 +128,26 @@ def test_scalars_of_a_step_are_written_by_few_kernels():
         return len(re.findall(r" fusion\(", text))
 
     # forty scalars of regulator, judge and macro level, and the logic of all of them
-    assert num_kernels(lo.lalerg()) <= num_kernels(optax.adamw(1e-3)) + 49
+    assert num_kernels(lo.lalerg()) <= num_kernels(optax.adamw(1e-3)) + 50
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [lo.lalerg(), lo.lalerg(local=True)],
+    ids=["lalerg", "local view"],
+)
+def test_a_leaf_adds_to_a_large_program_what_it_adds_to_a_small_one(tx):
+    """No kernel of a leaf repeats what is computed from all of them."""
+    sizes = np.array([8, 16, 32])
+    lines = [
+        compiled_step(tx, {f"w{i}": jnp.ones((32, 32)) for i in range(n)})
+        .as_text()
+        .count("\n")
+        for n in sizes
+    ]
+    few, many = np.diff(lines) / np.diff(sizes)
+    assert few > 50
+    assert many < 1.05 * few
 
 
 COLLECTIVE = re.compile(
