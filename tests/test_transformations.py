@@ -157,23 +157,23 @@ DONATED = {
 
 
 @pytest.mark.parametrize("tx", DONATED.values(), ids=DONATED)
-def test_params_and_state_can_be_donated_from_the_first_step_on(tx):
+def test_no_buffer_is_in_a_state_twice(tx):
     params = init_params()
+    grads = jax.tree.map(jnp.ones_like, params)
     state = tx.init(params)
     assert shared_buffers((params, state)) == []
+    updates, state = tx.update(grads, state, params, value=1.0)
+    assert shared_buffers((lo.apply_updates(params, updates, state), state)) == []
+
+
+def test_params_and_state_can_be_donated_from_the_first_step_on():
+    tx, params = DONATED["local view"], init_params()
+    state = tx.init(params)
     batch = jax.tree.map(lambda x: x[0], batches(0))
     donating = jax.jit(make_step(tx), donate_argnums=(0, 1))
     _, after = donating(params, state, batch)
     assert all(x.is_deleted() for x in jax.tree.leaves(params))
     assert lo.metrics(after)["verdict"] == Verdict.ACCEPT
-
-
-@pytest.mark.parametrize("tx", DONATED.values(), ids=DONATED)
-def test_a_step_outside_of_jit_leaves_a_state_that_can_be_donated(tx):
-    params = init_params()
-    grads = jax.tree.map(jnp.ones_like, params)
-    updates, state = tx.update(grads, tx.init(params), params, value=1.0)
-    assert shared_buffers((lo.apply_updates(params, updates, state), state)) == []
 
 
 def test_state_survives_pickle_deepcopy_and_flax_bytes():
