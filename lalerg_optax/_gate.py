@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from ._anchor import global_norm
 from ._judge import Verdict
@@ -27,16 +26,6 @@ def open_gate(
     if value is not None:
         is_open &= jnp.isfinite(value)
     return is_open, jax.tree.map(lambda u: jnp.where(is_open, u, 0), updates)
-
-
-def computed_once(pred: jax.Array) -> jax.Array:
-    """Returns a scalar truth value that no kernel computes for itself.
-
-    What is cheap, XLA repeats in the kernel of every leaf that needs it: of a sum over
-    leaves, the whole sum in each, so that the program grows with the square of their
-    number. A root it takes for dear, and takes it once.
-    """
-    return lax.sqrt(pred.astype(jnp.float32)) > 0.5
 
 
 def count_if(is_counted: jax.Array, count: jax.Array) -> jax.Array:

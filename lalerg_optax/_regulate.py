@@ -27,7 +27,7 @@ from ._checks import (
     check_state_type,
     check_updates,
 )
-from ._gate import computed_once, count_if
+from ._gate import count_if
 from ._inner import as_inner
 from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge, overrule
 from ._local import LocalView, act_in_turn, init_local, leaf_squares
@@ -188,8 +188,11 @@ def _move_anchor(
                 num_looks=jnp.where(is_told, 0.0, num_looks),
             )
             judged = overrule(is_failed, judged, state.judge_state.scalars)
-        anchor = move(computed_once(is_moved), state.anchor, params)
-        return anchor, pack(seen._replace(is_moved=is_moved)), judged
+        # Read back, or XLA repeats the sums that this hangs on, over all leaves, in the
+        # kernel of each.
+        told = pack(seen._replace(is_moved=is_moved))
+        anchor = move(read(_Look, told, "is_moved"), state.anchor, params)
+        return anchor, told, judged
 
     def keep() -> tuple[optax.Params, Scalars, Scalars]:
         seen = _Look(evidence=last.evidence, num_looks=last.num_looks)

@@ -128,7 +128,7 @@ def test_scalars_of_a_step_are_written_by_few_kernels():
         return len(re.findall(r" fusion\(", text))
 
     # forty scalars of regulator, judge and macro level, and the logic of all of them
-    assert num_kernels(lo.lalerg()) <= num_kernels(optax.adamw(1e-3)) + 50
+    assert num_kernels(lo.lalerg()) <= num_kernels(optax.adamw(1e-3)) + 49
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,15 @@ def test_with_the_right_arguments_it_is_the_rule_of_optax(chosen, rule, is_compl
     assert np.all(found["rows"][:, 0] == 0.0)
 
 
-@pytest.mark.parametrize("name", ["AdaGrad", "Adam, odd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[] if name in ("AdaGrad", "Adam, odd") else pytest.mark.slow
+        )
+        for name in RULES
+    ],
+)
 def test_injected_arguments_make_the_same_rule(name):
     chosen, rule = RULES[name]
     injected = optax.inject_hyperparams(lo.scale_by_micro_rate)(**chosen)

@@ -299,10 +299,6 @@ def train_reference(name, losses, all_grads):
     return {key: np.stack([now[key] for now in seen]) for key in seen[-1]}
 
 
-# a loop of jitted steps instead of a scan
-STEP_BY_STEP = ("lalerg, rate far too high", "flat")
-
-
 def assert_same(seen, expected):
     """Compares all steps; verdicts first, since all else follows from them."""
     errors = ("scaled_error", "scaled_norm_error", "scaled_drift")
@@ -325,10 +321,11 @@ def assert_same(seen, expected):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
-    ("name", "with_scan"),
-    [pytest.param(name, True, id=name) for name in CASES]
-    + [pytest.param(name, False, id=f"{name}, step by step") for name in STEP_BY_STEP],
+    "with_scan",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["jit", "scan"],
 )
 def test_every_step_is_that_of_the_reference(name, seed, with_scan):
     case = CASES[name]

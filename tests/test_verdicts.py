@@ -238,9 +238,12 @@ def test_smooth_losses_are_never_objected_to(loss):
     assert jnp.all(report["verdict"] == ACCEPT)
 
 
-def test_ten_thousand_steps_of_normal_noise_are_accepted():
-    """More noise of more kinds: test_false_alarms.py."""
-    params, losses, grads = make(num_steps=10_000, noise=0.2, seed=1)
+@pytest.mark.parametrize(
+    "noise",
+    [*(pytest.param(x, marks=pytest.mark.slow) for x in (0.01, 0.05)), 0.2],
+)
+def test_ten_thousand_steps_of_normal_noise_are_accepted(noise):
+    params, losses, grads = make(num_steps=10_000, noise=noise, seed=1)
     *_, report, _, _ = drive(lo.error_regulate(optax.sgd(1e-5)), params, losses, grads)
     assert report["num_skipped"][-1] <= 1
     assert report["num_reverted"][-1] == 0
