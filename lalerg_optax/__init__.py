@@ -9,7 +9,6 @@ from ._adapters import without_value as without_value
 from ._adopt import adopt as adopt
 from ._apply import apply_updates as apply_updates
 from ._history import LossHistory as LossHistory
-from ._judge import Verdict as Verdict
 from ._lalerg import lalerg as lalerg
 from ._macro import ScaleByMacroRateState as ScaleByMacroRateState
 from ._macro import scale_by_macro_rate as scale_by_macro_rate
@@ -19,6 +18,7 @@ from ._monitor import metrics as metrics
 from ._record import Recorder as Recorder
 from ._regulate import ErrorRegulateState as ErrorRegulateState
 from ._regulate import error_regulate as error_regulate
+from ._verdict import Verdict as Verdict
 from ._watch import InterventionWarning as InterventionWarning
 
 __version__ = "0.1.0"

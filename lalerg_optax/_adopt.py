@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._judge import RegulatorScalars
 from ._macro import ScaleByMacroRateState, under_way
 from ._micro import ScaleByMicroRateState
-from ._regulate import ErrorRegulateState, RegulatorScalars
+from ._regulate import ErrorRegulateState
 from ._scalars import pack, unpack
 
 # what may have no counterpart on the other side, and is begun anew or left behind
@@ -226,7 +227,7 @@ def _regulated(new: ErrorRegulateState, old: Any) -> ErrorRegulateState:
     if old is not None:
         new = new._replace(
             scalars=_same(new.scalars, old.scalars),
-            judge_state=_same(new.judge_state, old.judge_state),
+            history=_same(new.history, old.history),
             anchor=_same(new.anchor, old.anchor),
         )
     scalars = unpack(RegulatorScalars, new.scalars)

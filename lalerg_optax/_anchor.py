@@ -1,6 +1,6 @@
 """Anchor: the copy of the params that a revert goes back to."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,6 @@ from ._sums import sum_entries
 PyTree = Any
 
 _HOST = "pinned_host"
-
-
-class Audit(NamedTuple):
-    """What a look back from the current params to the anchor told.
-
-    Attributes:
-      is_taken: whether there was a look back at this step, bool scalar.
-      alignment: cosine between the fresh gradient and the way back to the anchor,
-        float32 scalar in [-1, 1]. Positive: by the light of a batch that they have
-        not seen, the steps since the anchor led downhill, and the slope goes on.
-        Exactly 0: params did not move at all, or no audit was taken.
-      is_restart: whether params go back to where the run began because no audit was
-        good yet, bool scalar: what was gathered on the way is void.
-    """
-
-    is_taken: jax.Array
-    alignment: jax.Array
-    is_restart: jax.Array
 
 
 def check_anchor_dtype(dtype: jax.typing.DTypeLike | None) -> None:
@@ -136,17 +118,14 @@ def look_back(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Looks back at the anchor.
 
-    Returns whether there was anything to see, the alignment and its significance. There
-    is nothing to see where the gradient is zero or anything is not finite.
+    Returns whether there was anything to see, the alignment, and how far it is to the
+    anchor in units of its norm (0 where that is 0). There is nothing to see where the
+    gradient is zero or anything is not finite.
 
     With gradient ``g``, anchor ``a`` and params ``p``, the alignment is
-    ``<g, a - p> / (|g| |a - p|)``, and 0 where the params have not moved. The
-    significance is ``<g, a - p> / |g * (a - p)|``, the norm that of the products of the
-    entries: how many times further from zero than if their signs were independent. It
-    is that of a certain alignment where those products squared are no float32.
-
-    With mapped axes all three are averages over devices. For gradients that are the
-    same on all of them, this changes nothing.
+    ``<g, a - p> / (|g| |a - p|)``, and 0 where the params have not moved. With mapped
+    axes products and squares are averages over devices. For gradients that are the same
+    on all of them, this changes nothing.
     """
     anchor = _on_device(anchor)
     # Both ends of the way as the anchor sees them. What a step of less than the
@@ -156,24 +135,17 @@ def look_back(
     product = sum_entries(lambda g, a, p: g * (a - p), grads, anchor, params)
     # p - a, not a - p: what two sums have in common, XLA would store
     square = sum_entries(lambda a, p: lax.square(p - a), anchor, params)
-    # Behind a barrier, else XLA would store what the sums have in common; and without a
-    # factor, because it would store that, too.
-    noise = sum_entries(
-        lambda g, a, p: lax.square(g * (a - p)),
-        *lax.optimization_barrier((grads, anchor, params)),
-    )
+    size = sum_entries(lambda a: a * a, anchor)
     if axis_name is not None:
-        product, square, noise = lax.pmean((product, square, noise), axis_name)
+        product, square, size = lax.pmean((product, square, size), axis_name)
     length = grad_norm * jnp.sqrt(square)
     cosine = jnp.where(length > 0.0, product / length, 0.0)
-    # where squares over- or underflow, nothing speaks against the alignment
-    is_usable = (noise > 0.0) & (noise < jnp.inf)
-    ratio = product / jnp.sqrt(jnp.where(is_usable, noise, 0.0))
     is_seen = jnp.isfinite(cosine) & jnp.isfinite(length) & (grad_norm > 0.0)
+    reach = jnp.where(size > 0.0, jnp.sqrt(square) / jnp.sqrt(size), 0.0)
     return (
         is_seen,
         jnp.where(is_seen, jnp.clip(cosine, -1.0, 1.0), 0.0),
-        jnp.where(is_seen, jnp.nan_to_num(ratio), 0.0),
+        jnp.where(is_seen, jnp.nan_to_num(reach), 0.0),
     )
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from ._anchor import at_hand, is_sound
-from ._judge import Verdict
 from ._monitor import find_states
 from ._regulate import ErrorRegulateState
+from ._verdict import Verdict
 
 
 def _is_masked(node: Any) -> bool:

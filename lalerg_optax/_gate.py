@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from ._anchor import global_norm
-from ._judge import Verdict
+from ._verdict import is_applied
 
 
 def open_gate(
@@ -21,13 +21,8 @@ def open_gate(
     finite.
     """
     if verdict is not None:
-        return verdict == Verdict.ACCEPT, updates
+        return is_applied(verdict), updates
     is_open = jnp.isfinite(global_norm(updates))
     if value is not None:
         is_open &= jnp.isfinite(value)
     return is_open, jax.tree.map(lambda u: jnp.where(is_open, u, 0), updates)
-
-
-def count_if(is_counted: jax.Array, count: jax.Array) -> jax.Array:
-    """Returns the count, one higher where that is so; it stays at 2^31 - 1."""
-    return jnp.where(is_counted, optax.safe_increment(count), count)

@@ -10,7 +10,7 @@ import optax
 
 from ._checks import check_transformation
 
-_OWN_EXTRA_ARGS = ("verdict", "audit")
+_OWN_EXTRA_ARGS = ("verdict", "audit", "is_harmful")
 
 
 def as_inner(inner: optax.GradientTransformation) -> Any:

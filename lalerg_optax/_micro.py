@@ -8,10 +8,11 @@ import numpy as np
 import optax
 from jax import lax
 
-from ._anchor import Audit, is_sound
+from ._anchor import is_sound
 from ._checks import check_range, check_state_type, check_updates
-from ._gate import count_if, open_gate
-from ._judge import Verdict
+from ._gate import open_gate
+from ._scalars import count_if
+from ._verdict import Audit, Verdict
 
 _TOLERANCE = 2.0  # of the bound on an update: for rounding, which is far less
 _SMALLEST = 1e-30  # squares of smaller gradients are no float32

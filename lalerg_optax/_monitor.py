@@ -8,24 +8,26 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ._judge import Judgement
+from ._judge import RegulatorScalars
 from ._local import LocalView
 from ._macro import ScaleByMacroRateState
 from ._micro import ScaleByMicroRateState
-from ._regulate import ErrorRegulateState, RegulatorScalars
-from ._scalars import read
+from ._regulate import ErrorRegulateState
 
-_REGULATOR_FIELDS = tuple(
-    name
-    for name in RegulatorScalars._fields
-    if name not in ("evidence", "num_looks")  # of the start only
+_INTERNAL = (
+    "ceiling",
+    "ceiling_in_doubt",
+    "doubt",
+    "peak_doubt",
+    "harmless_doubt",
+    "num_well",
+    "look_sum",
+    "look_square",
+    "look_variance",
+    "num_looks",
 )
-_JUDGEMENT_FIELDS = (
-    "scaled_error",
-    "scaled_norm_error",
-    "scaled_drift",
-    "avg_value",
-    "best_value",
+_REGULATOR_FIELDS = tuple(
+    name for name in RegulatorScalars._fields if name not in _INTERNAL
 )
 _VARIABLE = (jax.tree_util.GetAttrKey("value"),)  # how the path to a leaf ends in NNX
 
@@ -159,9 +161,6 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     for label, regulator in regulators.items():
         for name in _REGULATOR_FIELDS:
             report[label + name] = getattr(regulator, name)
-        for name in _JUDGEMENT_FIELDS:
-            scalars = regulator.judge_state.scalars
-            report[label + name] = read(Judgement, scalars, name)
         if regulator.local is not None:
             for name, leaf, scalar in _of_leaves(regulator):
                 report[f"{label}{name}/{leaf}".rstrip("/")] = scalar

@@ -1,4 +1,4 @@
-"""Error regulation: judge every step; accept, skip or revert it."""
+"""Error regulation: judge every step; accept, bound, skip or revert it."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,15 +9,13 @@ import optax
 from jax import lax
 
 from ._anchor import (
-    Audit,
     at_hand,
     check_anchor_dtype,
     check_anchor_memory,
     copy_params,
     global_norm,
-    look_back,
-    move,
 )
+from ._audit import RULE, look_and_move
 from ._checks import (
     MISSING,
     as_loss,
@@ -27,47 +25,22 @@ from ._checks import (
     check_state_type,
     check_updates,
 )
-from ._gate import count_if
+from ._history import LossHistory
 from ._inner import as_inner
-from ._judge import LARGEST, Judgement, JudgeState, Verdict, init_judge, judge, overrule
+from ._judge import (
+    Assessment,
+    Conduct,
+    Decision,
+    JudgeRule,
+    RegulatorScalars,
+    assess,
+    decide,
+    learn,
+    overruled,
+)
 from ._local import LocalView, act_in_turn, init_local, leaf_squares
 from ._scalars import Scalars, pack, read, unpack
-
-_MIN_ANCHOR_EVERY = 5  # steps; odd, so that a swing to and fro is not back at its start
-_CLEAR = 0.99  # about one standard error; the significance of a single entry is 1
-_HEALTHY = 0.5  # errors below half of what is tolerated: fit to be gone back to
-_MIN_DAMPING = 2.0**-10
-
-
-class RegulatorScalars(NamedTuple):
-    """What the regulator told at the last step, and what it counts.
-
-    Attributes:
-      grad_norm: global norm of the gradient before clipping, float32.
-      alignment: what the last audit told, in [-1, 1], float32.
-      evidence: sum of the significances of looks back that together told nothing yet,
-        float32.
-      num_looks: number of such looks, float32.
-      damping: factor of the updates, in [2^-10, 1], float32.
-      verdict: the last `Verdict`, int32.
-      num_accepted: number of steps accepted, int32.
-      num_skipped: number of steps skipped, int32.
-      num_reverted: number of steps spent on reverts (two each), int32.
-      num_audits_passed: number of audits with a positive alignment, int32.
-      anchor_age: accepted updates by which params are away from the anchor, int32.
-    """
-
-    grad_norm: Any = 0.0
-    alignment: Any = 0.0
-    evidence: Any = 0.0
-    num_looks: Any = 0.0
-    damping: Any = 1.0
-    verdict: Any = 0
-    num_accepted: Any = 0
-    num_skipped: Any = 0
-    num_reverted: Any = 0
-    num_audits_passed: Any = 0
-    anchor_age: Any = 0
+from ._verdict import Audit, Verdict, is_applied
 
 
 class ErrorRegulateState(NamedTuple):
@@ -76,8 +49,10 @@ class ErrorRegulateState(NamedTuple):
     The scalars can be read by name: ``state.verdict``, ``state.damping``, ...
 
     Attributes:
-      scalars: what was told at the last step, and counters; see `RegulatorScalars`.
-      judge_state: history of the two signals and the last judgement.
+      scalars: what was told at the last step, what is remembered, and counters; see
+        `RegulatorScalars`.
+      history: the recent losses and the recent logarithms of the gradient norm, an
+        alarm clipped to what was tolerated; leading axis 2.
       anchor: the params that a revert goes back to, a tree like the params.
       inner_state: the state of the wrapped transformation.
       local: what the last step did to each leaf; None unless asked for.
@@ -88,7 +63,7 @@ class ErrorRegulateState(NamedTuple):
       >>> params = jnp.array([1.0, 2.0])
       >>> state = tx.init(params)
       >>> _, state = tx.update(jnp.ones(2), state, params, value=0.5)
-      >>> int(state.num_accepted), float(state.judge_state.avg_value)
+      >>> int(state.num_accepted), float(state.avg_value)
       (1, 0.5)
       >>> [float(a) for a in state.anchor]
       [1.0, 2.0]
@@ -97,7 +72,7 @@ class ErrorRegulateState(NamedTuple):
     """
 
     scalars: Scalars
-    judge_state: JudgeState
+    history: LossHistory
     anchor: optax.Params
     inner_state: optax.OptState
     local: LocalView | None = None
@@ -106,106 +81,42 @@ class ErrorRegulateState(NamedTuple):
         return read(RegulatorScalars, self.scalars, name)
 
 
-def _damp(
-    damping: jax.Array,
-    judgement: Judgement,
-    is_started: jax.Array,
-    backoff_factor: jax.typing.ArrayLike,
-    recovery_steps: jax.typing.ArrayLike,
-) -> jax.Array:
-    """Returns the damping: cut by a revert, restored by accepted steps."""
-    recovery = jnp.asarray(backoff_factor, jnp.float32) ** (-1.0 / recovery_steps)
-    recovered = jnp.minimum(damping * recovery, 1.0)
-    cut = jnp.maximum(damping * backoff_factor, _MIN_DAMPING)
-    is_cut = judgement.is_new_revert & is_started
-    is_held = judgement.is_skipped | judgement.is_reverted
-    return jnp.where(is_cut, cut, jnp.where(is_held, damping, recovered))
-
-
-class _Look(NamedTuple):
-    """What was done about the anchor: bools, and what the look back told, float32."""
-
-    is_moved: Any = False
-    is_seen: Any = False
-    is_failed: Any = False
-    alignment: Any = 0.0
-    evidence: Any = 0.0
-    num_looks: Any = 0.0
-
-
-# jit: outside of a jitted step, a conditional would be compiled anew at every call
-@functools.partial(jax.jit, static_argnames=("audit", "axis_name"), inline=True)
-def _move_anchor(
-    is_due: jax.Array,
-    is_started: jax.Array,
-    state: ErrorRegulateState,
-    judge_state: JudgeState,
-    params: optax.Params,
-    grads: optax.Updates,
-    grad_norm: jax.Array,
+def _due(
+    last: RegulatorScalars,
+    seen: Assessment,
+    decision: Decision,
+    rule: JudgeRule,
     *,
     audit: bool,
-    axis_name: str | tuple[str, ...] | None,
-) -> tuple[optax.Params, _Look, JudgeState]:
-    """Where that is due, looks back at the anchor and moves it to the params.
+) -> tuple[jax.Array, jax.Array]:
+    """Returns whether there is anything to do about the anchor, and if it may move."""
+    every = jnp.maximum(last.num_accepted // 8, rule.min_anchor_every)
+    if audit:
+        # the noisier the looks, the longer the way that they have to look back on
+        noise = last.look_variance / jnp.maximum(last.alignment**2, 1e-12)
+        longer = rule.min_anchor_every * jnp.minimum(rule.noise_steps * noise, 1e6)
+        every = jnp.maximum(every, longer.astype(jnp.int32))
+    every = jnp.minimum(every, rule.anchor_every)
+    is_ordinary = decision.verdict == Verdict.ACCEPT
+    may_move = is_ordinary & seen.is_healthy & (last.anchor_age >= every)
+    may_move &= decision.conduct == Conduct.HEALTHY
+    if not audit:
+        return may_move, may_move
+    early = jnp.maximum(every - RULE.num_early, 1)
+    return is_applied(decision.verdict) & (last.anchor_age >= early), may_move
 
-    This is the only conditional of a step, because an accelerator has to wait for the
-    predicate. The judgement comes out of it also where it stays as it is: the updates
-    then depend on the conditional, the copy lies before the in-place write of the
-    params, and XLA needs no second one.
-    """
-    last = unpack(RegulatorScalars, state.scalars)
-    judgement = unpack(Judgement, judge_state.scalars)
-    is_accepted = ~(judgement.is_skipped | judgement.is_reverted)
-    is_healthy = (
-        (judgement.scaled_error < _HEALTHY)
-        & (judgement.scaled_norm_error < _HEALTHY)
-        & (judgement.scaled_drift < _HEALTHY)
-    )
 
-    def look() -> tuple[optax.Params, Scalars, Scalars]:
-        seen, judged, is_moved = _Look(), judge_state.scalars, is_healthy
-        if audit:
-            is_seen, alignment, significance = look_back(
-                grads, grad_norm, state.anchor, params, axis_name
-            )
-            # Before the first good audit, one that says nothing is none: the next
-            # step looks again, until all that was seen together says something.
-            evidence = last.evidence + significance
-            num_looks = last.num_looks + is_seen
-            is_clear = jnp.abs(evidence) > _CLEAR * jnp.sqrt(num_looks)
-            is_clear |= alignment == 0.0
-            is_seen &= is_started | is_clear
-            is_failed = is_seen & (alignment < 0.0) & ~is_started
-            is_failed &= ~judgement.starts_anew
-            is_moved &= ~is_failed & (is_started | is_seen)
-            is_told = is_started | is_failed | is_moved
-            seen = _Look(
-                is_seen=is_seen,
-                is_failed=is_failed,
-                alignment=alignment,
-                evidence=jnp.where(is_told, 0.0, evidence),
-                num_looks=jnp.where(is_told, 0.0, num_looks),
-            )
-            judged = overrule(is_failed, judged, state.judge_state.scalars)
-        # Read back, or XLA repeats the sums that this hangs on, over all leaves, in the
-        # kernel of each.
-        told = pack(seen._replace(is_moved=is_moved))
-        anchor = move(read(_Look, told, "is_moved"), state.anchor, params)
-        return anchor, told, judged
-
-    def keep() -> tuple[optax.Params, Scalars, Scalars]:
-        seen = _Look(evidence=last.evidence, num_looks=last.num_looks)
-        return state.anchor, pack(seen), judge_state.scalars
-
-    # The branch that passes a buffer through has to be the false one: as the true
-    # one it costs a copy (https://github.com/jax-ml/jax/issues/39449).
-    anchor, seen, judged = lax.cond(is_due & is_accepted, look, keep)
-    report = unpack(_Look, seen)
-    history = judge_state.history
-    num_values = jnp.where(report.is_failed, 0, history.num_values)
-    history = history._replace(num_values=num_values)
-    return anchor, report, JudgeState(history, judged)
+def _scale(
+    seen: Assessment,
+    verdict: jax.Array,
+    grad_norm: jax.Array,
+    clip_norm: jax.typing.ArrayLike | None,
+) -> jax.Array:
+    """Returns the factor of a gradient that is to be bounded, or clipped."""
+    limit = jnp.where(verdict == Verdict.BOUND, jnp.exp(seen.log_limit), jnp.inf)
+    if clip_norm is not None:
+        limit = jnp.minimum(limit, clip_norm)
+    return jnp.where(grad_norm > limit, limit / grad_norm, 1.0)
 
 
 def error_regulate(
@@ -224,86 +135,119 @@ def error_regulate(
     anchor_memory: str = "device",
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Accepts, skips or reverts every step by what it did to the loss.
+    r"""Judges every update by what it did to the loss, and undoes one that did harm.
 
     Optax hands over ``value``, the loss :math:`L_t` at the *current* params, so that
-    the update of one step is judged at the next one, on another batch.
+    the update of one step is judged at the next ones, on other batches. A high loss
+    alone is no verdict: it may be a hard batch. What tells is whether losses stay high,
+    and whether they do at params that are known to be healthy.
 
     **Errors.** Let :math:`m` and :math:`s` be the median and the upper spread
     (`LossHistory.centre_and_spread`) of the last 128 losses, :math:`m^g` and
-    :math:`s^g` those of the logarithms of the gradient norm, :math:`L_1` the smallest
-    of the first 16 losses, :math:`\bar L` the average of the accepted losses (decay
-    0.95), :math:`\bar L^*` its best, and :math:`d` the average of
-    :math:`|L - \bar L|` (decay 0.99). Each error is a rise in units of what is
-    tolerated; 1 is the threshold:
+    :math:`s^g` those of the logarithms of the gradient norm, and :math:`L_1` the
+    smallest of the first 16 losses. Each error is a rise in units of what is tolerated;
+    1 is the threshold:
 
     .. math::
 
-        e_{loss}  &= \frac{L_t - m}{\max(k s,\; \varphi (L_1 - m),\; 10^{-5} |m|)} \\
-        e_{norm}  &= \frac{\log |g_t| - m^g}{\max(k s^g,\; \log 4)} \\
-        e_{drift} &= \frac{\bar L - \bar L^*}
-                          {\max(4 d,\; (L_1 - \bar L^*) / 2,\; 10^{-5} |\bar L^*|)}
+        e_{loss}  &= \frac{L_t - m}{\max(k s,\; \varphi (L_1 - m),\; 10^{-5} |m|)} \
+        e_{norm}  &= \frac{\log |g_t| - m^g}{\max(k s^g,\; \log 4,\; h - m^g)}
 
-    with :math:`k` = ``threshold`` and :math:`\varphi` = ``progress_fraction``. The
-    windows and :math:`d` are those before this step, the averages those with
-    :math:`L_t`; an average weighs its n-th value with the larger of 1/n and 1 - decay,
-    and :math:`\bar L^*` fades towards :math:`\bar L` by 1/1024 an accepted step. A
-    loss or norm that is not finite, or whose square overflows float32, has an infinite
-    error, shown as 1e37. :math:`e_{loss}` is 0 until 16 values are known and
-    :math:`e_{drift}` until 128 are; :math:`e_{norm}` is known from the second step on,
-    with a floor of log 16 instead of log 4 until there are 16 values. A loss that never
-    was anything but constant (both :math:`s` and the progress are 0) has no error,
-    because nothing tells its scale. A norm of 0 has no error and is not recorded.
+    with :math:`k` = ``threshold``, :math:`\varphi` = ``progress_fraction`` and
+    :math:`h` the largest log norm of a bounded step that did no harm. The windows are
+    those before this step. A loss or norm that is not finite, or whose square overflows
+    float32, has an infinite error, shown as 1e37. :math:`e_{loss}` is 0 until 16 values
+    are known; :math:`e_{norm}` is known from the second step on, with a floor of log 16
+    instead of log 4 until there are 16 values. A loss that never was anything but
+    constant (both :math:`s` and the progress are 0) has no error, because nothing tells
+    its scale. A norm of 0 has no error and is not recorded. A step is *healthy* where
+    both errors are below 1/2.
 
-    **Verdict.** An *outlier* has :math:`\max(e_{loss}, e_{norm}) > 1`.
+    **Doubt** sums up the evidence against the params,
 
-    * ``ACCEPT``, no outlier and no drift: the update of ``inner`` times the damping.
-      An entry whose update would make its parameter infinite stays.
-    * ``SKIP``, the first outlier in a row, which may be a bad batch, and those from the
-      third rejected step in a row on: update zero, params stay.
-    * ``REVERT``, when the step before was the first outlier and this is another, or
-      :math:`e_{drift} > 1`: params go back to the anchor, with the update
-      :math:`a - p`, on this step and, whatever its loss, on the next. The damping is
-      multiplied by ``backoff_factor``, down to 2^-10 at least; every accepted step
-      multiplies it by ``backoff_factor ** (-1 / recovery_steps)``, up to 1. After a
-      drift the averages start anew.
+    .. math::
 
-    An alarm, a finite loss or norm above what is tolerated, enters its window as the
+        D \leftarrow \max(0,\; D + \min(\max(e_{loss}, 0), 1) - 1/4)
+
+    so that two high losses in a row weigh as much as many that are a little too high.
+    A step that is not finite adds 3/4. Let :math:`H` be the most doubt that ever
+    subsided by itself, or proved to be that of the data: the params come under trial
+    where
+
+    .. math:: D \ge \max(5/4,\; \min(2 H + 3/4,\; 3/4 \; patience))
+
+    (5/4 on a step that is not finite). So a kind of data that was hard for a while and
+    did no harm is left alone from then on.
+
+    **Verdict.**
+
+    ==========  ====================================================================
+    verdict     when, and what is done
+    ==========  ====================================================================
+    ``ACCEPT``  nothing below: the update of ``inner`` times the damping. An entry
+                whose update would make its parameter infinite stays.
+    ``BOUND``   :math:`e_{loss} > 1`: accepted, but ``inner`` sees a gradient scaled
+                down to a log norm of :math:`m^g + \max(k s^g, \log 16, h - m^g)`.
+    ``SKIP``    not finite; or :math:`e_{norm} > 1` though the loss is ordinary, while
+                any of 5 such skips are left (one comes back in 16,384 accepted steps;
+                after that it is ``BOUND`` to log 4 in place of log 16): update zero.
+    ``REVERT``  params go back to the anchor, on this step and the next.
+    ==========  ====================================================================
+
+    **Conduct**, the state between two steps, and what ends it:
+
+    =============  =================================================================
+    HEALTHY        :math:`D > 1/2`: SUSPECT
+    SUSPECT        the anchor is held. :math:`D = 0`: HEALTHY. Trial: REVERT
+    TRIAL          params are those of the anchor. If the mean :math:`e_{loss}` of the
+                   two losses there (each between -1 and 1) is below 1/4, and the last
+                   below 1/2, the updates since the anchor *did harm*: the damping is
+                   multiplied by ``backoff_factor``, down to 2^-10 at least. Else it is
+                   the data: EPISODE
+    EPISODE        the anchor is held. At the first step below 1/2 the data are
+                   as before, and what was learnt from the others may have been poison:
+                   REVERT, once, for :math:`H` is larger now. After ``patience``
+                   steps: REVERT, and if the loss is high there still, that is the new
+                   level: windows start anew and the step is accepted
+    =============  =================================================================
+
+    n accepted steps after the last harm :math:`(n / recovery\_steps)^2` cuts of the
+    damping are made good, up to 1. Without a loss (``value=None``) :math:`e_{norm}`
+    takes the place of :math:`e_{loss}`, and a large norm is skipped first while skips
+    are left.
+
+    An alarm, a finite loss or norm with an error above 1, enters its window as the
     value that, as the 95th percentile, would make the tolerance 1.5 times as wide (but
     at most as what was tolerated). So the window follows a level that is there to stay,
-    but slowly: a burst of outliers, or 5 % of all batches, do not blind the judge. A
-    loss that cannot be judged yet is not recorded where the norm objects. After
-    ``patience`` finite steps rejected in a row (others in between do not count)
-    windows, :math:`L_1` and averages start anew and the step is accepted: at most
-    ``patience + 1`` finite steps are rejected in a row, whatever the losses.
+    but slowly: a burst of outliers does not blind the judge. A loss that cannot be
+    judged yet is not recorded where the norm objects.
 
     **Anchor.** A copy of the params before the update of the step, made when the step
-    is accepted, all errors are below 1/2, and params are at least so many accepted
-    updates away from it: an eighth of all accepted so far (rounded down), at least 5
-    and at most ``anchor_every``. An entry that is not finite, or whose square is not in
-    float32, is not copied.
+    is accepted and healthy, the conduct is HEALTHY, and params are at least so many
+    accepted updates away from it: an eighth of all accepted so far (rounded down), at
+    least 5 and at most ``anchor_every``. An entry that is not finite, or whose square
+    is not in float32, is not copied.
 
-    **Audit**, if asked for: whenever the anchor is about to move, the regulator looks
-    back at it with the fresh gradient, :math:`c = \langle g, a - p \rangle / (|g|
-    |a - p|)`, and tells ``inner`` (extra argument ``audit``). The first audit decides
-    whether the run has begun well. It is taken once it is clear: with
-    :math:`z = \langle g, a - p \rangle / \sqrt{\sum_i g_i^2 (a_i - p_i)^2}`, how far
-    :math:`c` is from what independent signs would give, when
-    :math:`|\sum z| > 0.99 \sqrt n` for the :math:`n` looks so far; until then the
-    anchor stays where it is and every step looks again. Then :math:`c < 0` on a step
-    without other errors is one: the first steps led nowhere, the learning rate is too
-    high, and params REVERT to the start; windows, :math:`L_1` and averages start anew
-    without this loss. Before an audit had :math:`c > 0` no REVERT cuts the damping, and
-    ``audit.is_restart`` tells links to start anew, too: lowering the rate is the macro
-    level's business.
+    **Audit**, if asked for: on the last four steps before the anchor moves, the
+    regulator looks back at it with the fresh gradient, :math:`c = \langle g, a - p
+    \rangle / (|g| |a - p|)`. When it moves, ``inner`` is told (extra argument
+    ``audit``) the mean of these looks and its standard error, from the variance of a
+    look (of its average over audits, decay 0.75). The first audit decides whether the
+    run has begun well, and looks go on until it is clear: with at least 3 of them, mean
+    above 2 standard errors, or 16 of them. A mean below -3 standard errors says that
+    the first steps led nowhere, the learning rate is too high: REVERT to the start;
+    windows and :math:`L_1` start anew without this loss. Before an audit had :math:`c >
+    0` no harm cuts the damping, and ``audit.is_restart`` tells links to start anew,
+    too: lowering the rate is the macro level's business.
 
     **Exactness.** ``p + (a - p)`` is ``a`` up to rounding; given twice it is ``a``
     bit for bit, unless ``p`` is not finite. `apply_updates` gives ``a`` at once in
     every case, and to a single entry that is not finite on every step.
 
     Two forms. *Nested*, ``error_regulate(inner)``: ``inner`` sees a zero gradient, a
-    ``value`` that is always usable, and the verdict (extra argument ``verdict``);
-    links of this package then keep their state. A scalar in the state of ``inner`` that
+    ``value`` that is always usable, the verdict (extra argument ``verdict``) and
+    whether updates did harm (``is_harmful``); links of this package then keep their
+    state. A scalar in the state of ``inner`` that
     becomes NaN or infinite keeps its last value.
     ``optax.lookahead`` has to be all of ``inner``; params are its
     ``optax.LookaheadParams``, which go back together, and gradients are like them:
@@ -324,9 +268,9 @@ def error_regulate(
         the skip-step rules of MaxText, levanter and OLMo (6 standard deviations).
       progress_fraction: tolerated rise of the loss in units of the progress since
         the start, at least 0.
-      patience: finite steps that may be rejected in a row, at least 4.
+      patience: steps after which hard data are the new level, at least 4.
       anchor_every: accepted steps between two anchors, at least 1.
-      backoff_factor: cut of the damping at a revert, in (0, 1].
+      backoff_factor: cut of the damping when updates did harm, in (0, 1].
       recovery_steps: accepted steps in which one cut is made good, above 0.
       clip_norm: if given, gradients are scaled down to this global norm, above 0;
         the norm is judged before.
@@ -397,11 +341,19 @@ def error_regulate(
     if is_flat and local:
         raise ValueError("local needs the gradient, which the flat form does not see.")
     chained = as_inner(optax.identity() if is_flat else inner)
+    rule = JudgeRule(
+        threshold=threshold,
+        progress_fraction=progress_fraction,
+        patience=patience,
+        anchor_every=anchor_every,
+        backoff_factor=backoff_factor,
+        recovery_steps=recovery_steps,
+    )
 
     def init_fn(params: optax.Params) -> ErrorRegulateState:
         return ErrorRegulateState(
             scalars=pack(RegulatorScalars()),
-            judge_state=init_judge(),
+            history=LossHistory.empty(shape=(2,)),
             anchor=copy_params(params, anchor_dtype, anchor_memory),
             inner_state=chained.init(params),
             local=init_local(params) if local else None,
@@ -420,7 +372,7 @@ def error_regulate(
         check_updates("error_regulate", updates, params)
         check_state("error_regulate", state, init_fn, params)
 
-        # Measure: scalars only.
+        # Measure.
         last = unpack(RegulatorScalars, state.scalars)
         grad_norm = global_norm(updates)
         value = as_loss(value)
@@ -428,97 +380,69 @@ def error_regulate(
         if axis_name is not None:
             value, grad_norm = lax.pmean((value, grad_norm), axis_name)
 
-        # Judge.
-        judge_state = judge(
-            state.judge_state,
+        # Assess, look, decide, learn: scalars, but for the anchor.
+        seen = assess(
+            last,
+            state.history,
             value,
             grad_norm,
+            rule,
             norm_is_judged=not is_flat or value is None,
-            threshold=threshold,
-            progress_fraction=progress_fraction,
-            patience=patience,
         )
-        is_due = last.anchor_age >= jnp.minimum(
-            jnp.maximum(last.num_accepted // 8, _MIN_ANCHOR_EVERY), anchor_every
-        )
+        decision = decide(last, seen, rule, has_value=value is not None)
         is_started = last.num_audits_passed > 0 if audit else jnp.ones((), jnp.bool_)
-        anchor, look, judge_state = _move_anchor(
-            is_due,
+        anchor, look = look_and_move(
+            *_due(last, seen, decision, rule, audit=audit),
             is_started,
-            state,
-            judge_state,
+            last,
+            state.anchor,
             params,
             updates,
             grad_norm,
             audit=audit,
             axis_name=axis_name,
         )
-        judgement = unpack(Judgement, judge_state.scalars)
-        report = None
-        if audit:
-            report = Audit(
-                is_taken=look.is_seen & look.is_moved,  # one for each anchor
-                alignment=look.alignment,
-                is_restart=judgement.is_new_revert & ~is_started,
-            )
-        is_skipped, is_reverted = judgement.is_skipped, judgement.is_reverted
-        is_accepted = ~(is_skipped | is_reverted)
-        verdict = jnp.where(
-            is_reverted, Verdict.REVERT, jnp.where(is_skipped, Verdict.SKIP, 0)
-        ).astype(jnp.int32)
+        decision = overruled(decision, look.is_failed)
+        scalars, history = learn(
+            last, state.history, grad_norm, seen, look, decision, is_started, rule
+        )
+        # read back: what comes later takes it from memory and does not decide again
+        verdict, damping, avg_value = (
+            read(RegulatorScalars, scalars, name)
+            for name in ("verdict", "damping", "avg_value")
+        )
 
         # Inner: sees nothing of a rejected batch.
-        scale = None
-        if clip_norm is not None:
-            scale = clip_norm / jnp.maximum(grad_norm, clip_norm)
+        scale = _scale(seen, verdict, grad_norm, clip_norm)
+        is_open = is_applied(verdict)
 
         def admit(g: jax.Array) -> jax.Array:
-            clipped = g if scale is None else (scale * g).astype(g.dtype)
-            return jnp.where(is_accepted, clipped, jnp.zeros((), g.dtype))
+            return jnp.where(is_open, (scale * g).astype(g.dtype), 0).astype(g.dtype)
 
-        grads = jax.tree.map(admit, updates)
-        usable_value = (
-            None
-            if value is None
-            else jnp.where(is_accepted, value, judgement.avg_value)
-        )
-        # not those of an outer regulator
-        extra_args |= {"verdict": verdict, "audit": report}
-        inner_updates, inner_state = chained.update(
-            grads, state.inner_state, params, value=usable_value, **extra_args
-        )
-
-        # Count.
-        is_told = is_passed = jnp.zeros((), jnp.bool_)
-        if report is not None:
-            is_told = look.is_failed | report.is_taken
-            is_passed = report.is_taken & (report.alignment > 0.0)
-        scalars = pack(
-            RegulatorScalars(
-                grad_norm=jnp.nan_to_num(grad_norm, nan=LARGEST, posinf=LARGEST),
-                alignment=jnp.where(is_told, look.alignment, last.alignment),
-                evidence=jnp.where(is_reverted, 0.0, look.evidence),
-                num_looks=jnp.where(is_reverted, 0.0, look.num_looks),
-                damping=_damp(
-                    last.damping, judgement, is_started, backoff_factor, recovery_steps
-                ),
-                verdict=verdict,
-                num_accepted=count_if(is_accepted, last.num_accepted),
-                num_skipped=count_if(is_skipped, last.num_skipped),
-                num_reverted=count_if(is_reverted, last.num_reverted),
-                num_audits_passed=count_if(is_passed, last.num_audits_passed),
-                # the anchor is what params were before the update of this step
-                anchor_age=jnp.where(
-                    look.is_moved,
-                    1,
-                    jnp.where(is_reverted, 0, count_if(is_accepted, last.anchor_age)),
-                ),
+        extra_args |= {  # not those of an outer regulator
+            "verdict": verdict,
+            "is_harmful": decision.is_harmful,
+            "audit": Audit(
+                is_taken=look.is_taken,
+                alignment=look.alignment,
+                alignment_error=look.alignment_error,
+                reach=look.reach,
+                is_restart=decision.is_new_revert & ~is_started,
             )
+            if audit
+            else None,
+        }
+        inner_updates, inner_state = chained.update(
+            jax.tree.map(admit, updates),
+            state.inner_state,
+            params,
+            value=None if value is None else jnp.where(is_open, value, avg_value),
+            **extra_args,
         )
 
         # Act.
-        damping = read(RegulatorScalars, scalars, "damping")
-        gate = jnp.where(is_skipped, 0.0, damping)
+        is_reverted = verdict == Verdict.REVERT
+        gate = jnp.where(verdict == Verdict.SKIP, 0.0, damping)
         home = at_hand(is_reverted, anchor, params)
 
         def act(gate: jax.Array, p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
@@ -539,12 +463,12 @@ def error_regulate(
                 (params, inner_updates, home),
                 updates,
                 squares,
-                is_accepted=is_accepted,
+                is_accepted=is_open,
                 axis_name=axis_name,
             )
         return steps, ErrorRegulateState(
             scalars=scalars,
-            judge_state=judge_state,
+            history=history,
             anchor=anchor,
             inner_state=inner_state,
             local=view,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._anchor import Audit
 from ._micro import ScaleByMicroRateState
+from ._verdict import Audit
 
 
 def _starts_anew_by_itself(state: Any) -> bool:

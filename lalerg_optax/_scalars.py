@@ -92,3 +92,9 @@ def read(kind: type[tuple[Any, ...]], scalars: Scalars, name: str) -> jax.Array:
 def unpack(kind: type[Record], scalars: Scalars) -> Record:
     """Returns the whole record."""
     return kind(*(read(kind, scalars, name) for name in _defaults(kind)))
+
+
+def count_if(is_counted: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns the count, one higher where that is so; it stays at 2^31 - 1."""
+    is_full = count >= jnp.iinfo(jnp.int32).max
+    return jnp.where(is_counted & ~is_full, count + 1, count)

@@ -13,7 +13,7 @@ from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ._judge import Verdict
+from ._verdict import Verdict
 
 History = Mapping[str, np.ndarray]
 

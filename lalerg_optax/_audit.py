@@ -1,0 +1,160 @@
+"""Audit: the one conditional of a step, which looks back at the anchor and moves it."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from ._anchor import look_back, move
+from ._judge import Look, RegulatorScalars
+from ._scalars import Scalars, pack, read, unpack
+
+
+class AuditRule(NamedTuple):
+    """Numbers of the audit.
+
+    Attributes:
+      num_early: steps before the anchor is due on which there is a look, too: with that
+        at the move, so many looks tell their own standard error.
+      most_looks: looks after which an unclear start counts as a start.
+      good_errors: standard errors above zero at which a start is good.
+      bad_errors: standard errors below zero at which it has failed; more, because it
+        costs what was learnt, and because looks at one anchor have a way in common.
+      most_reach: how far the first steps may lead, in units of the params.
+      held_looks: looks that are summed up where the anchor does not move.
+      variance_decay: decay of the average variance of a look.
+    """
+
+    num_early: int = 3
+    most_looks: float = 16.0
+    good_errors: float = 2.0
+    bad_errors: float = 3.0
+    most_reach: float = 1e-2
+    held_looks: float = 8.0
+    variance_decay: float = 0.75
+
+
+RULE = AuditRule()
+
+
+def _summed_up(
+    last: RegulatorScalars, is_seen: jax.Array, alignment: jax.Array
+) -> Look:
+    """Returns what all looks at this anchor say together."""
+    num_looks = last.num_looks + is_seen
+    look_sum = last.look_sum + alignment
+    look_square = last.look_square + alignment**2
+    count = jnp.maximum(num_looks, 1.0)
+    mean = look_sum / count
+    own = jnp.maximum(look_square - count * mean**2, 0.0) / jnp.maximum(
+        count - 1.0, 1.0
+    )
+    # that of few looks is itself uncertain
+    pooled = last.look_variance + (1.0 - RULE.variance_decay) * (
+        own - last.look_variance
+    )
+    variance = jnp.where(
+        num_looks < 2.0,
+        last.look_variance,
+        jnp.where(last.look_variance > 0.0, pooled, own),
+    )
+    return Look(
+        is_seen=is_seen,
+        alignment=mean,
+        alignment_error=jnp.sqrt(variance / count),
+        look_sum=look_sum,
+        look_square=look_square,
+        look_variance=variance,
+        num_looks=num_looks,
+    )
+
+
+# jit: outside of a jitted step, a conditional would be compiled anew at every call
+@functools.partial(jax.jit, static_argnames=("audit", "axis_name"), inline=True)
+def look_and_move(
+    is_due: jax.Array,
+    may_move: jax.Array,
+    is_started: jax.Array,
+    last: RegulatorScalars,
+    anchor: optax.Params,
+    params: optax.Params,
+    grads: optax.Updates,
+    grad_norm: jax.Array,
+    *,
+    audit: bool,
+    axis_name: str | tuple[str, ...] | None,
+) -> tuple[optax.Params, Look]:
+    """Where that is due, looks back at the anchor and moves it to the params.
+
+    This is the only conditional of a step, because an accelerator has to wait for the
+    predicate. The updates depend on what comes out of it: so the copy lies before the
+    in-place write of the params, and XLA needs no second one.
+
+    Args:
+      is_due: whether there is anything to do, bool scalar.
+      may_move: whether the anchor may move if what is seen allows it, bool scalar.
+      is_started: whether the run has begun well, bool scalar.
+      last: what is known.
+      anchor: the anchor.
+      params: the params.
+      grads: the gradient.
+      grad_norm: its norm.
+      audit: whether to look back.
+      axis_name: mapped axes to average over.
+    """
+
+    def due() -> tuple[optax.Params, Scalars]:
+        look = Look(is_moved=may_move)
+        if audit:
+            is_seen, alignment, reach = look_back(
+                grads, grad_norm, anchor, params, axis_name
+            )
+            look = _summed_up(last, is_seen, alignment)
+            # Before the first good audit, looks go on until together they are clear.
+            error = look.alignment_error
+            is_enough = look.num_looks >= 3.0
+            is_good = is_enough & (look.alignment > RULE.good_errors * error)
+            is_bad = is_enough & (look.alignment < -RULE.bad_errors * error)
+            is_still = is_seen & (look.look_square == 0.0)  # params have not moved
+            is_clear = is_good | is_still | (look.num_looks >= RULE.most_looks)
+            # A search from far below costs little, one from above may cost the run.
+            is_far = reach > RULE.most_reach
+            is_failed = (is_bad | is_far) & ~is_started
+            is_moved = may_move & ~is_failed & (is_started | is_clear)
+            # where the anchor is held, what is seen of it is told all the same
+            is_held = is_started & (look.num_looks >= RULE.held_looks)
+            is_over = is_moved | is_failed | is_held
+            look = look._replace(
+                reach=jnp.where(is_failed, reach, 0.0),
+                is_taken=(is_moved | is_held) & (look.num_looks > 0.0),
+                is_failed=is_failed,
+                is_moved=is_moved,
+                look_sum=jnp.where(is_over, 0.0, look.look_sum),
+                look_square=jnp.where(is_over, 0.0, look.look_square),
+                look_variance=jnp.where(
+                    is_over, look.look_variance, last.look_variance
+                ),
+                num_looks=jnp.where(is_over, 0.0, look.num_looks),
+            )
+        # Read back, or XLA repeats the sums that this hangs on, over all leaves, in the
+        # kernel of each.
+        told = pack(look)
+        return move(read(Look, told, "is_moved"), anchor, params), told
+
+    def keep() -> tuple[optax.Params, Scalars]:
+        return anchor, pack(
+            Look(
+                look_sum=last.look_sum,
+                look_square=last.look_square,
+                look_variance=last.look_variance,
+                num_looks=last.num_looks,
+            )
+        )
+
+    # The branch that passes a buffer through has to be the false one: as the true
+    # one it costs a copy (https://github.com/jax-ml/jax/issues/39449).
+    moved, told = lax.cond(is_due, due, keep)
+    return moved, unpack(Look, told)

@@ -1,0 +1,73 @@
+"""Verdict and audit: what the regulator hands down, without the regulator."""
+
+import enum
+from typing import NamedTuple
+
+import jax
+
+
+class Verdict(enum.IntEnum):
+    """What becomes of a step.
+
+    ======  ======================  ================================================
+    number  verdict                 the batch and the update
+    ======  ======================  ================================================
+    0       ACCEPT                  nothing to object to: the update is applied
+    3       BOUND                   the loss is high, which may be a hard batch: the
+                                    update is applied, that of a gradient which is
+                                    scaled down to what is tolerated
+    1       SKIP                    cannot be used: not finite, or a gradient that
+                                    does not fit to an ordinary loss: params and
+                                    rates stay as they are
+    2       REVERT                  the params may be damaged: they go back to the
+                                    anchor
+    ======  ======================  ================================================
+
+    Attributes:
+      ACCEPT: 0, the update is applied.
+      SKIP: 1, the batch is dropped.
+      REVERT: 2, params go back to the anchor.
+      BOUND: 3, the update is applied, of a gradient of bounded norm.
+
+    Example:
+      >>> import jax.numpy as jnp, lalerg_optax as lo
+      >>> verdict = jnp.array(2, jnp.int32)  # as `metrics` has it
+      >>> lo.Verdict(int(verdict)).name
+      'REVERT'
+      >>> bool(verdict == lo.Verdict.ACCEPT)
+      False
+    """
+
+    ACCEPT = 0
+    SKIP = 1
+    REVERT = 2
+    BOUND = 3
+
+
+def is_applied(verdict: jax.Array) -> jax.Array:
+    """Returns whether the update of a step is applied."""
+    return (verdict == Verdict.ACCEPT) | (verdict == Verdict.BOUND)
+
+
+class Audit(NamedTuple):
+    """What looks back from the current params to the anchor told.
+
+    Attributes:
+      is_taken: whether looks were summed up at this step, bool scalar.
+      alignment: mean cosine between fresh gradients and the way back to the anchor,
+        float32 scalar in [-1, 1]. Positive: by the light of batches that they have
+        not seen, the steps since the anchor led downhill, and the slope goes on.
+        Exactly 0: params did not move at all, or no audit was taken.
+      alignment_error: standard error of that mean, from the differences between the
+        looks, float32 scalar.
+      reach: how far params are from the anchor, in units of its norm, where that is why
+        they go back to the start of the run; else 0, float32 scalar.
+      is_restart: whether params go back to where the run began because no audit was
+        good yet, bool scalar: what was gathered on the way is void.
+    """
+
+    is_taken: jax.Array
+    alignment: jax.Array
+    alignment_error: jax.Array
+    reach: jax.Array
+    is_restart: jax.Array
