@@ -261,7 +261,6 @@ class Seen(NamedTuple):
     verdict: Any
     scaled_error: Any
     scaled_norm_error: Any
-    scaled_drift: Any
     num_audits_passed: Any
     is_searching: Any
 
@@ -279,7 +278,7 @@ def noting(inner: optax.GradientTransformation) -> Any:
     )
 
 
-SIGNALS = ("loss", "grad_norm", "scaled_error", "scaled_norm_error", "scaled_drift")
+SIGNALS = ("loss", "grad_norm", "scaled_error", "scaled_norm_error")
 
 
 def watched(state: PyTree) -> dict[str, jax.Array]:
@@ -335,7 +334,6 @@ def train(
 def cause(seen: Seen, at: tuple[int, int]) -> str:
     """Returns what a step was rejected for."""
     names = {"scaled_error": "loss", "scaled_norm_error": "norm"}
-    names["scaled_drift"] = "drift"
     found = [word for name, word in names.items() if getattr(seen, name)[at] > 1.0]
     if found:
         return " and ".join(found)
@@ -349,7 +347,8 @@ def listed(
 ) -> list[dict[str, Any]]:
     """Returns every step that was not accepted, with what was seen."""
     entries = []
-    for cell, step in np.argwhere(seen.verdict).tolist():
+    is_rejected = np.isin(seen.verdict, (lo.Verdict.SKIP, lo.Verdict.REVERT))
+    for cell, step in np.argwhere(is_rejected).tolist():
         at = cell, step
         entries.append(
             {
@@ -514,7 +513,7 @@ def alarms_table(results: Results) -> list[str]:
                 ]
             )
     header = ["judged by", "task", "rate", "step", "verdict", "because of"]
-    header += ["loss", "norm", "error: loss", "norm ", "drift"]
+    header += ["loss", "norm", "error: loss", "norm "]
     more = max(0, len(rows) - MAX_LISTED)
     lines = table(header, rows[:MAX_LISTED])
     return [*lines, f"And {more} more, in the JSON file.", ""] if more else lines

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -33,7 +32,8 @@ from store import Store, opened, options_of, publish, rounded, table
 from tasks import DEVELOPMENT, REPORT, TASKS, Task, run
 
 import lalerg_optax as lo
-from lalerg_optax import _macro, _regulate
+from lalerg_optax._judge import JudgeRule
+from lalerg_optax._search import SearchRule
 
 PyTree = Any
 Rates = tuple[float, ...]
@@ -315,15 +315,22 @@ CONSTANTS: dict[str, tuple[Any, str, tuple[Any, Any]]] = {
     "slow_growth_factor": (lo.scale_by_macro_rate, "slow_growth_factor", (1.225, 2.25)),
     "backoff_factor": (lo.scale_by_macro_rate, "backoff_factor", (0.707, 0.25)),
     "good_alignment": (lo.scale_by_macro_rate, "good_alignment", (0.125, 0.5)),
-    "exponent of a new best loss": (_macro, "_GAIN", (0.25, 1.0)),
-    "largest exponent": (_macro, "_BOLDEST", (1.0, 4.0)),
-    "share of the run": (_macro, "_SHARE", (1 / 16, 1 / 4)),
-    "decay of the alignment": (_macro, "_ALIGNMENT_DECAY", (0.0, 0.75)),
-    "standard errors": (_macro, "_STANDARD_ERRORS", (1.0, 4.0)),
-    "first cut": (_macro, "_FIRST", (1.0, 4.0)),
-    "deep cut": (_macro, "_DEEP", (2.0, 8.0)),
-    "first steps to an audit": (_regulate, "_MIN_ANCHOR_EVERY", (3, 9)),
-    "significance": (_regulate, "_CLEAR", (0.5, 2.0)),
+    **{
+        f"{rule.__name__}.{name}": (rule, name, values)
+        for rule, name, values in (
+            (SearchRule, "gain", (0.25, 1.0)),
+            (SearchRule, "boldest", (1.0, 4.0)),
+            (SearchRule, "share", (1 / 16, 1 / 4)),
+            (SearchRule, "drift", (0.125, 0.5)),
+            (SearchRule, "standard_errors", (1.0, 4.0)),
+            (SearchRule, "first", (1.0, 4.0)),
+            (SearchRule, "deep", (2.0, 8.0)),
+            (SearchRule, "target", (0.0, 0.3)),
+            (SearchRule, "noise", (0.25, 1.0)),
+            (JudgeRule, "min_anchor_every", (3, 9)),
+            (JudgeRule, "noise_steps", (8.0, 32.0)),
+        )
+    },
     "threshold": (lo.lalerg, "threshold", (3.0, 12.0)),
     "anchor_every": (lo.lalerg, "anchor_every", (16, 64)),
     "b1": (lo.lalerg, "b1", (0.8, 0.95)),
@@ -352,13 +359,14 @@ def variants() -> list[Optimizer]:
 
 @contextmanager
 def in_force(changed: tuple[Any, str, Any] | None) -> Iterator[None]:
-    """Changes one constant of the library: of a module, or a default of a function."""
+    """Changes one constant of the library: a default of a record or of a function."""
     if changed is None:
         yield
         return
     home, key, value = changed
-    if isinstance(home, ModuleType):
-        with mock.patch.object(home, key, value):
+    if isinstance(home, type):
+        defaults = tuple((home._field_defaults | {key: value}).values())
+        with mock.patch.object(home.__new__, "__defaults__", defaults):
             yield
     else:
         with mock.patch.dict(home.__kwdefaults__, {key: value}):

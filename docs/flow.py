@@ -9,12 +9,12 @@ PARTS = [  # x, y, width, height, colour, title, lines
     (40, 90, 320, 112, "#CFE3F3", "judge", [
         "the last 128 losses and gradient norms",
         "errors in units of what is tolerated",
-        "verdict: ACCEPT, SKIP or REVERT",
+        "doubt -> ACCEPT, BOUND, SKIP or REVERT",
     ]),
     (400, 90, 320, 112, "#D8EFD9", "anchor", [
         "a copy of the params",
-        "moved while all errors are below 1/2",
-        "audit: cosine of gradient and way back",
+        "moved while both errors are below 1/2",
+        "audit: cosine of gradients and way back",
     ]),
     (40, 240, 320, 112, "#FBE8C9", "inner", [
         "micro: a rate for every entry",
@@ -22,7 +22,7 @@ PARTS = [  # x, y, width, height, colour, title, lines
         "macro: one rate r, then the learning rate",
     ]),
     (400, 240, 320, 112, "#F4D6DE", "act", [
-        "ACCEPT: damping d times the inner update",
+        "ACCEPT, BOUND: d times the inner update",
         "SKIP: zero",
         "REVERT: anchor - params",
     ]),
@@ -31,7 +31,7 @@ ARROWS = [  # from, to, label and where it stands
     ((200, 40), (200, 88), "value, |gradient|", (210, 62)),
     ((560, 40), (560, 88), "params, gradient", (570, 62)),
     ((360, 146), (398, 146), "", (0, 0)),
-    ((130, 202), (130, 238), "verdict, gradient or 0", (140, 225)),
+    ((130, 202), (130, 238), "verdict; gradient, bounded or 0", (140, 225)),
     ((430, 202), (330, 238), "audit", (400, 225)),
     ((360, 296), (398, 296), "", (0, 0)),
     ((600, 202), (600, 238), "anchor", (610, 225)),

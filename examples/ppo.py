@@ -6,12 +6,13 @@ AdamW's own rule under the regulator (`search=False`), "search" is lalerg as it 
 are told the PPO loss as `value`, or None, which leaves the gradient norm to judge by;
 at a rate that suits AdamW, and at rates 10 and 100 times higher.
 
-What one learns is mostly what not to expect (4 seeds, 1,600 gradient steps):
+What one learns is mostly what not to expect (4 seeds, 1,600 gradient steps; the figures
+are from before ``Verdict.BOUND``, see the changelog, "Unreleased"):
 
 * The loss tells little. It doubles while the agent learns its first things, because
   returns of longer episodes are harder to predict, and leaps from one rollout to the
-  next. Told the loss, the regulator skips 0.9 to 2.6 % of the steps of runs in which
-  nothing is wrong and spends 0.3 to 0.6 % on going back; told None at most 0.3 %.
+  next. Told the loss, the regulator skipped 0.9 to 2.6 % of the steps of runs in which
+  nothing is wrong and spent 0.3 to 0.6 % on going back; told None at most 0.3 %.
 * At the two rates at which AdamW learns (1e-3, 1e-2) protection neither helps nor hurts
   beyond what seeds differ by. At 1e-1 nothing learns reliably. Protected runs have the
   higher medians there, but the ranges overlap: four seeds do not tell.

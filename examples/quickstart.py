@@ -35,7 +35,11 @@ GOOD_RATE = 1e-3
 BATCH_SIZE = 64
 MAKERS = {"AdamW": optax.adamw, "lalerg": lo.lalerg}
 COLORS = {"AdamW": "#E69F00", "lalerg": "#0072B2"}
-MARKS = {lo.Verdict.SKIP: "#777777", lo.Verdict.REVERT: "#CC0033"}
+MARKS = {
+    lo.Verdict.BOUND: "#009E73",
+    lo.Verdict.SKIP: "#777777",
+    lo.Verdict.REVERT: "#CC0033",
+}
 POISON_COLOR = "#FFCCCC"
 
 
@@ -189,7 +193,7 @@ def draw_loss(axes: Axes, name: str, records: Records) -> None:
     axes.plot(loss, color=color, lw=0.5, alpha=0.4)
     axes.plot(running_median(loss), color=color, lw=1.4)
     verdicts = np.array([r.get("verdict", lo.Verdict.ACCEPT) for r in records])
-    for height, (verdict, mark) in zip((0.04, 0.1), MARKS.items(), strict=True):
+    for height, (verdict, mark) in zip((0.04, 0.07, 0.1), MARKS.items(), strict=True):
         for step in np.flatnonzero(verdicts == verdict):
             axes.plot(step, height, "|", color=mark, ms=7, transform=place)
     if not np.isfinite(loss[-1]):
@@ -222,11 +226,11 @@ def draw(runs: Runs, path: str) -> None:
     panels[0, 0].set(yscale="log", ylim=(1e-7, 1e6), ylabel="training loss")
     panels[1, 0].set(yscale="log", ylabel="learning rate in effect")
     handles = [Line2D([], [], color=c, label=n) for n, c in COLORS.items()]
-    labels = ("lalerg skipped the batch", "lalerg went back (revert)")
+    labels = ("lalerg bounded the gradient", "skipped the batch", "went back (revert)")
     for label, mark in zip(labels, MARKS.values(), strict=True):
         handles.append(Line2D([], [], color=mark, marker="|", ls="", label=label))
     handles.append(Patch(color=POISON_COLOR, label="bad batches"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
     note = (
         "Thin: loss of each batch. Thick: running median. Percentages: test accuracy."
     )

@@ -7,8 +7,8 @@ step the rows of process 1 are NaN, and at three steps they are far too large.
 
 What one learns: under plain `jit` with sharded arrays the optimizer needs no
 arguments for this. Loss and gradient norm are those of the whole batch, so that both
-processes skip, or go back, at the same step, also the one whose rows were fine, and
-their weights stay the same bit for bit.
+processes skip, bound or go back at the same step, also the one whose rows were fine,
+and their weights stay the same bit for bit.
 
 Run with: python examples/two_processes.py
 It takes 20 seconds of processor time (x86), and ends after --timeout in any case.
@@ -41,6 +41,7 @@ NUM_PROCESSES = 2
 ROWS = 64  # of each process, in each batch
 COLORS = ("#E69F00", "#0072B2")
 MARKS = {
+    lo.Verdict.BOUND: ("#009E73", "bounds the gradient"),
     lo.Verdict.SKIP: ("#777777", "skips the batch"),
     lo.Verdict.REVERT: ("#CC0033", "goes back"),
 }
@@ -211,7 +212,7 @@ def check(told: list[dict[str, np.ndarray]], num_steps: int) -> None:
     if first["verdict"][nan] != lo.Verdict.SKIP:
         sys.exit("The NaN was not skipped.")
     if not (first["verdict"][huge] != lo.Verdict.ACCEPT).all():
-        sys.exit("The huge inputs were let in.")
+        sys.exit("The huge inputs were not objected to.")
     if not first["loss"][-5:].mean() < first["loss"][:5].mean() / 2:
         sys.exit("The loss did not fall.")
     print("Both processes took the same decisions and have the same weights.")

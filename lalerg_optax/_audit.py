@@ -24,6 +24,8 @@ class AuditRule(NamedTuple):
       bad_errors: standard errors below zero at which it has failed; more, because it
         costs what was learnt, and because looks at one anchor have a way in common.
       most_reach: how far the first steps may lead, in units of the params.
+      most_restarts: times that a run may begin anew: where nobody lowers the rate, a
+        start that fails once fails for ever.
       held_looks: looks that are summed up where the anchor does not move.
       variance_decay: decay of the average variance of a look.
     """
@@ -33,6 +35,7 @@ class AuditRule(NamedTuple):
     good_errors: float = 2.0
     bad_errors: float = 3.0
     most_reach: float = 1e-2
+    most_restarts: int = 8
     held_looks: float = 8.0
     variance_decay: float = 0.75
 
@@ -122,6 +125,8 @@ def look_and_move(
             is_clear = is_good | is_still | (look.num_looks >= RULE.most_looks)
             # A search from far below costs little, one from above may cost the run.
             is_far = reach > RULE.most_reach
+            is_far &= last.num_harmful == 0
+            is_bad &= last.num_harmful < RULE.most_restarts
             is_failed = (is_bad | is_far) & ~is_started
             is_moved = may_move & ~is_failed & (is_started | is_clear)
             # where the anchor is held, what is seen of it is told all the same

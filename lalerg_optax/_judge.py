@@ -206,7 +206,6 @@ class Assessment(NamedTuple):
       norm_error: rise of the log norm likewise, float32.
       log_norm: logarithm of the norm, NaN for a norm of 0 or NaN, float32.
       log_limit: logarithm of the norm that a bounded gradient may have, float32.
-      bounded_value: the loss, or the highest one that is tolerated, float32.
       recorded: what the history is to remember of loss and log norm, float32, (2,).
       signals: what they are, float32, (2,).
       is_recorded: which of the two is remembered, bool, (2,).
@@ -220,7 +219,6 @@ class Assessment(NamedTuple):
     norm_error: jax.Array
     log_norm: jax.Array
     log_limit: jax.Array
-    bounded_value: jax.Array
     recorded: jax.Array
     signals: jax.Array
     is_recorded: jax.Array
@@ -336,9 +334,6 @@ def assess(
         norm_error=norm_error,
         log_norm=log_norm,
         log_limit=jnp.where(norm_is_known, limit, LARGEST),
-        bounded_value=jnp.where(
-            is_high & (error > 1.0), medians[0] + tolerances[0], loss
-        ),
         recorded=recorded,
         signals=signals,
         is_recorded=is_recorded,
@@ -387,8 +382,10 @@ def decide(
     # One that lasts is gone back for once more, in case it is what it did to the params
     # that lasts.
     is_long = last.num_hard >= rule.patience
-    is_trial |= is_episode & ~is_fine & is_long & has_taken
-    is_new_level = (conduct == Conduct.TRIAL) & ~is_fine & seen.is_usable & is_long
+    is_last = is_long & (last.num_hard < rule.patience + 1)
+    is_trial |= is_episode & ~is_fine & is_last & has_taken
+    is_tested = (conduct == Conduct.TRIAL) | (is_episode & ~is_last)
+    is_new_level = is_tested & is_long & ~is_fine & seen.is_usable
     is_new_revert = is_trial | is_rewind
     is_pending = (conduct == Conduct.RESTORING) | (conduct == Conduct.REWINDING)
     is_reverted = is_new_revert | is_pending
@@ -470,11 +467,12 @@ def learn(
     is_bounded = verdict == Verdict.BOUND
     is_applied = ~(is_reverted | is_skipped)
 
-    # an average weighs its first values alike
-    weight = jnp.maximum(1.0 - rule.avg_decay, 1.0 / (last.num_accepted + 1.0))
+    # an average weighs its first values alike, and starts anew with the windows
     loss = seen.signals[0]
+    num_averaged = jnp.where(decision.is_new_level, 0, history.num_values[0])
+    weight = jnp.maximum(1.0 - rule.avg_decay, 1.0 / (num_averaged + 1.0))
     moved = jnp.where(
-        last.num_accepted == 0, loss, last.avg_value + weight * (loss - last.avg_value)
+        num_averaged == 0, loss, last.avg_value + weight * (loss - last.avg_value)
     )
 
     # n steps after the last harm, (n / recovery_steps)^2 cuts are made good
@@ -504,7 +502,7 @@ def learn(
         is_over,
         0.0,
         jnp.where(
-            is_applied & seen.is_usable,
+            is_applied & (decision.doubt > last.doubt),
             jnp.maximum(last.peak_doubt, decision.doubt),
             last.peak_doubt,
         ),
@@ -515,7 +513,8 @@ def learn(
         jnp.maximum(last.harmless_doubt, harmless),
         last.harmless_doubt,
     )
-    tried = jnp.where(is_bounded, jnp.minimum(seen.log_norm, seen.log_limit), -LARGEST)
+    is_tried = is_bounded & jnp.isfinite(seen.log_norm)
+    tried = jnp.where(is_tried, jnp.minimum(seen.log_norm, seen.log_limit), -LARGEST)
     ceiling = jnp.where(
         is_harmless, jnp.maximum(last.ceiling, last.ceiling_in_doubt), last.ceiling
     )

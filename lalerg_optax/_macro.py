@@ -77,65 +77,89 @@ def scale_by_macro_rate(
     time to time an *audit* tells whether the steps since the last one led downhill, and
     before the update of that step is scaled, the rate is adapted.
 
-    Inside ``error_regulate(..., audit=True)`` the regulator takes the audits. Let
-    :math:`c` be the average (decay 0.5, from the first positive one on) of the
-    alignments that it reports (the cosine between a fresh gradient and the way back
-    to the anchor) and :math:`\rho = c / \max(\max c, |c|)`: 1 where the slope leads on
-    as it did at the smallest rates, 0 where the steps reach the bottom, negative where
-    they go beyond.
-
-    **Search.** Every audit with :math:`\rho > good\_alignment` is good, and
-
-    .. math:: r \leftarrow growth^{\rho} \, r.
-
-    The first one that is not ends the search and :math:`r \leftarrow backoff \cdot r`
-    (the cut alone as long as no :math:`c` was positive). Before, what a good alignment
-    is has to be learnt from below: the very first good audit is followed by
-    :math:`r \leftarrow backoff^2 \cdot r`, and :math:`c` begins anew. If already the
-    first steps led uphill, the regulator goes back to the start (REVERT),
-    :math:`r \leftarrow backoff^4 \cdot r`, and so once more after the first good audit;
-    any other REVERT before a good audit does the same, and one after it halves
-    the rate.
-
-    **Afterwards** the rate is steered in small steps. With :math:`n` the steps since
-    the last audit or REVERT, :math:`t` all accepted steps so far, :math:`b = 1` if the
-    mean loss of these :math:`n` steps is the lowest so far, else 0,
+    Inside ``error_regulate(..., audit=True)`` the regulator takes the audits. Each
+    tells an alignment :math:`c_k` (the mean cosine between fresh gradients and the way
+    back to the anchor) and its standard error :math:`\sigma_k`. What is known of the
+    alignment is their average :math:`c`, by Kalman's filter: with the best alignment
+    :math:`c^*` so far, :math:`q = (\max(c^*, |c|) / 4)^2` by which it may drift between
+    two audits, and :math:`P` the variance,
 
     .. math::
 
-        r &\leftarrow slow\_growth^{\,w e} \, r, \qquad w = \min(1, 8 n / t) \\
-        e &= \begin{cases}
+        G = \frac{P + q}{P + 2 q + \sigma_k^2}, \qquad
+        c \leftarrow c + G (c_k - c), \qquad P \leftarrow (1 - G) (P + q), \qquad
+        \sigma^2 \leftarrow (1 - G)^2 \sigma^2 + G^2 \sigma_k^2
+
+    so that crisp audits count nearly alone, and noisy ones together. One that is more
+    than 2 standard errors from the average has :math:`G \ge 1/2`. :math:`c^*` is the
+    largest :math:`c - 2 \sigma`. An alignment of exactly 0 (params have not moved at
+    all) changes nothing, and lets the search leap.
+
+    ==========  ==========================  ====================================  ========
+    phase       audit                       rate                                  next
+    ==========  ==========================  ====================================  ========
+    START       good                        :math:`backoff^2`                     SEARCH
+    RESTARTED   good                        :math:`backoff^4`                     SEARCH
+    START,      bad                         :math:`backoff^4`                     the same
+    RESTARTED   unclear                     :math:`\sqrt{growth}`                 SEARCH
+    SEARCH      good                        :math:`growth^{\rho}`                 SEARCH
+    SEARCH      bad                         :math:`backoff`; :math:`backoff^2`    STEER
+                                            where :math:`c^*` is not known
+    SEARCH      unclear, or nothing gained  1; :math:`\sqrt{growth}` where        STEER
+                                            :math:`c^*` is not known              (SEARCH)
+    STEER       any                         :math:`slow\_growth^{w e}`            STEER
+    any         an update did harm          :math:`backoff`; :math:`backoff^4`    the same
+                                            in START, which becomes RESTARTED
+    ==========  ==========================  ====================================  ========
+
+    with :math:`\rho = c / \max(c^*, |c|)`. An audit is *good* where :math:`c - 2 \sigma
+    > good\_alignment \cdot c^*`, *bad* where :math:`c + 2 \sigma` is not; or in SEARCH
+    where the mean loss since the last audit is clearly above the lowest and half of the
+    progress is undone. What a good alignment is, is learnt anew from below after the
+    first good audit. *Nothing is gained* where there was clear progress, and the loss
+    fell clearly less than 1 % of what it would at the pace so far: where it is at its
+    floor, there is nothing to be had from a higher rate. In STEER an alignment clearly
+    above half of the best opens the search again.
+
+    **STEER.** With :math:`n` the steps since the last audit, :math:`t` all accepted
+    steps so far, and :math:`b = 1` if the mean loss of these :math:`n` steps is the
+    lowest so far and not nothing was gained, else 0,
+
+    .. math::
+
+        e &= T e_{bold} + (1 - T) \, e_{careful}, \qquad
+            w = \min(1, 8 n / t) \\
+        e_{bold} &= \begin{cases}
             1/2 + \rho / good\_alignment & b = 1 \\
             \min(\rho / good\_alignment, 0) & b = 0
-        \end{cases}
+        \end{cases}, \qquad e_{bold} \le 2 \\
+        e_{careful} &= 4 \, (\rho - 0.15), \qquad -1 \le e_{careful} \le 1 \\
+        T &= \frac{(L_{first} - L_{best})^2}{(L_{first} - L_{best})^2 + 4 \, v}
 
-    but :math:`-1 \le e \le 2`, and :math:`e \ge 0` unless ``anneal`` is set or the mean
-    loss is more than 2 standard errors above the lowest. So the rate grows while that
-    pays, and stays where the steps swing across the valley; the weight :math:`w` makes
-    this a matter of the relative length of the run, not of its number of steps.
+    with :math:`v` the variance of a loss within a window (average, decay 3/4) and the
+    mean losses of the first and of the best window. :math:`e_{bold} \ge 0` unless
+    ``anneal`` is set, the mean loss is clearly above the lowest (by 2 standard errors
+    of the difference, from :math:`v`), or :math:`c + 2 \sigma < -c^*`; it is at least
+    -1. So the rate grows while that pays, and stays where the steps swing across the
+    valley. Where the noise of a loss is as large as all progress, the alignment alone
+    decides. The weight :math:`w` makes this a matter of the relative length of the run.
+    Where half of the progress is undone, the rate is multiplied by ``backoff`` instead.
 
-    A REVERT after the search halves the rate (:math:`backoff`), though not below 1/8 of
-    what the search found, if there was another one within the last eighth of the run;
-    the first may be a fault of the data, and the regulator's damping will do. Each of
-    them also halves every positive :math:`e` to come, so that a rate that grows until
-    it fails does so only a few times; each audit makes :math:`backoff^{-n / t}` of that
-    good. A REVERT counts once for its two steps, and never ends the search. An
-    alignment of exactly 0 (params have not moved at all) is neither good nor bad and
-    leaves :math:`\rho` as it is, which is 1 as long as no alignment is known.
+    A start that the regulator took back because it led too far is cut to lead a
+    thousandth of the norm of the params.
 
     Alone, or with a regulator that takes no audits, one falls due every
     ``audit_every`` accepted steps and compares the mean loss of this window with that
     of the last one, the first window being only a mark: good if it fell by more than
-    2 standard errors of the difference, bad if it rose by as much; then
-    :math:`r \leftarrow backoff^4 \cdot r`, and the search goes on. While it does
+    2 standard errors of the difference, bad if it rose by as much. While it does
     neither, :math:`\rho = 1/2`; the first good audit ends the search where it is,
-    because there is no way back from a rate that is too bold. Afterwards
-    :math:`\rho = -good\_alignment` where the mean loss is more than 2 standard errors
-    above the lowest, and 0 elsewhere.
+    because there is no way back from a rate that is too bold. Afterwards :math:`T = 1`
+    and :math:`\rho = -good\_alignment` where the mean loss is clearly above the lowest,
+    and 0 elsewhere.
 
     A step that is not accepted, or alone one with a loss or an update that is not
-    finite, gives a zero update; a SKIP leaves rate and window as they were, a REVERT
-    empties the window. Losses are clipped to 1e16 in magnitude, :math:`r` to
+    finite, gives a zero update and leaves rate and window as they were; harm empties
+    the window. Losses are clipped to 1e16 in magnitude, :math:`r` to
     [2^-40, 2^40]. With ``search=False``, :math:`r` is 1: what is left is the
     regulator's damping. A run may be taken up with another choice: switched off, the
     search forgets its rate, and switched on, it begins.

@@ -87,20 +87,26 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     ======================  ========================================================
     key                     meaning
     ======================  ========================================================
-    verdict                 0 ACCEPT, 1 SKIP, 2 REVERT (int32)
+    verdict                 0 ACCEPT, 1 SKIP, 2 REVERT, 3 BOUND (int32)
+    conduct                 0 HEALTHY, 1 SUSPECT, 2 RESTORING, 3 TRIAL, 4 EPISODE,
+                            5 REWINDING; see `error_regulate` (int32)
     scaled_error            rise of the loss in units of what is tolerated
     scaled_norm_error       the same of the logarithm of the gradient norm
-    scaled_drift            the same of the average loss
     macro_rate              factor of the macro level (1 where there is none)
     is_searching            whether the macro level still leaps (bool)
-    damping                 factor that a revert cuts and time restores, at most 1
-    num_accepted            steps accepted (int32)
+    damping                 factor that harm cuts and time restores, at most 1
+    num_accepted            steps accepted, bounded ones among them (int32)
+    num_bounded             steps accepted with a bounded gradient (int32)
     num_skipped             steps skipped (int32)
     num_reverted            steps spent on reverts, two each (int32)
+    num_trials              reverts to see whether params are damaged (int32)
+    num_harmful             times that they were (int32)
+    num_hard                steps of the present episode of hard data (int32)
+    skips_left              steps that may still be skipped for their norm alone
     avg_value               average of the accepted losses, decay 0.95
-    best_value              the lowest average, fading over 1024 steps
     grad_norm               global norm of the gradient before clipping
-    alignment               cosine told by the last audit
+    alignment               mean cosine told by the last audit
+    alignment_error         its standard error
     num_audits_passed       audits with a positive alignment (int32)
     anchor_age              accepted steps since the anchor was set (int32)
     num_macro_held          steps at which the macro level kept its state (int32)

@@ -155,8 +155,8 @@ def error_regulate(
 
     with :math:`k` = ``threshold``, :math:`\varphi` = ``progress_fraction`` and
     :math:`h` the largest log norm of a bounded step that did no harm. The windows are
-    those before this step. A loss or norm that is not finite, or whose square overflows
-    float32, has an infinite error, shown as 1e37. :math:`e_{loss}` is 0 until 16 values
+    those before this step. A loss or norm that is not finite, or a norm whose square
+    overflows float32, has an infinite error, shown as 1e37. :math:`e_{loss}` is 0 until 16 values
     are known; :math:`e_{norm}` is known from the second step on, with a floor of log 16
     instead of log 4 until there are 16 values. A loss that never was anything but
     constant (both :math:`s` and the progress are 0) has no error, because nothing tells
@@ -228,17 +228,23 @@ def error_regulate(
     least 5 and at most ``anchor_every``. An entry that is not finite, or whose square
     is not in float32, is not copied.
 
-    **Audit**, if asked for: on the last four steps before the anchor moves, the
-    regulator looks back at it with the fresh gradient, :math:`c = \langle g, a - p
-    \rangle / (|g| |a - p|)`. When it moves, ``inner`` is told (extra argument
-    ``audit``) the mean of these looks and its standard error, from the variance of a
-    look (of its average over audits, decay 0.75). The first audit decides whether the
-    run has begun well, and looks go on until it is clear: with at least 3 of them, mean
-    above 2 standard errors, or 16 of them. A mean below -3 standard errors says that
-    the first steps led nowhere, the learning rate is too high: REVERT to the start;
-    windows and :math:`L_1` start anew without this loss. Before an audit had :math:`c >
-    0` no harm cuts the damping, and ``audit.is_restart`` tells links to start anew,
-    too: lowering the rate is the macro level's business.
+    **Audit**, if asked for: on the last four steps before the anchor is due, and from
+    then on, every accepted step looks back at it with the fresh gradient,
+    :math:`c = \langle g, a - p \rangle / (|g| |a - p|)`. When the anchor moves, or after
+    8 looks where it is held, ``inner`` is told (extra argument ``audit``) the mean of
+    these looks and its standard error, from the variance :math:`v` of a look (averaged
+    over anchors, decay 0.75). The noisier the looks, the longer the way that they look
+    back on: the 5 steps between anchors become :math:`5 \max(1, \min(16 v / c^2,
+    10^6))`, still at most ``anchor_every``, with the :math:`c` told last. The first
+    audit decides whether the run has begun well, and looks go on until it is clear:
+    with at least 3 of them, mean above 2 standard errors, or 16 of them. A mean below
+    -3 standard errors says that the first steps led nowhere, and params more than 1 %
+    of the anchor's norm away from it that they were too long, whatever they led to (at
+    the first try alone: a search from below costs little). REVERT to the start, at most
+    8 times; windows and :math:`L_1` start
+    anew without this loss. Before an audit had :math:`c > 0` no harm cuts the damping,
+    and ``audit.is_restart`` tells links to start anew, too: lowering the rate is the
+    macro level's business.
 
     **Exactness.** ``p + (a - p)`` is ``a`` up to rounding; given twice it is ``a``
     bit for bit, unless ``p`` is not finite. `apply_updates` gives ``a`` at once in
@@ -436,7 +442,7 @@ def error_regulate(
             jax.tree.map(admit, updates),
             state.inner_state,
             params,
-            value=None if value is None else jnp.where(is_open, value, avg_value),
+            value=None if value is None else jnp.where(is_open, seen.signals[0], avg_value),
             **extra_args,
         )
 

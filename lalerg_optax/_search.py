@@ -261,6 +261,9 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> MacroScalars:
     """STEER: small steps, by the loss and by where the slope leads."""
     best = jnp.maximum(state.best_alignment, jnp.abs(state.avg_alignment))
     rho = jnp.where(best > 0.0, state.avg_alignment / jnp.maximum(best, 1e-30), 0.0)
+    is_blind = state.num_audits == 0  # the loss is all that is known
+    down = jnp.where(loss.is_worse, -jnp.asarray(rule.good_alignment), 0.0)
+    rho = jnp.where(is_blind, down, rho)
     tilt = rho / rule.good_alignment
     bold = jnp.where(
         loss.is_best & loss.is_gaining, rule.gain + tilt, jnp.minimum(tilt, 0.0)
@@ -275,6 +278,7 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> MacroScalars:
     progress = state.first_window_mean - state.best_window_mean
     trust = (rule.noise * jnp.maximum(progress, 0.0)) ** 2
     trust = trust / jnp.maximum(trust + state.loss_variance, 1e-30)
+    trust = jnp.where(is_blind, 1.0, trust)
     power = trust * jnp.minimum(bold, rule.boldest) + (1.0 - trust) * careful
     share = state.window_count / jnp.maximum(state.num_macro_steps, 1)
     weight = jnp.minimum(share / rule.share, 1.0)

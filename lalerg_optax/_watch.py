@@ -106,7 +106,7 @@ def _sums(flags: np.ndarray, window: int) -> np.ndarray:
 
 def _warning(group: str, num_skips: int, num_reverts: int, part: Block) -> str:
     """Returns what to say of a window: how much was done, and who objected."""
-    is_rejected = part["verdict"] != Verdict.ACCEPT
+    is_rejected = np.isin(part["verdict"], (Verdict.SKIP, Verdict.REVERT))
 
     def error(name: str) -> np.ndarray:
         return part.get(name, np.zeros(len(is_rejected)))
@@ -117,7 +117,6 @@ def _warning(group: str, num_skips: int, num_reverts: int, part: Block) -> str:
         "what is not finite": is_infinite,
         "the loss": (errors[0] > 1.0) & ~is_infinite,
         "the gradient norm": (errors[1] > 1.0) & ~is_infinite,
-        "a slow rise of the loss": error("scaled_drift") > 1.0,
     }
     counts = {name: int((flag & is_rejected).sum()) for name, flag in signals.items()}
     ranked = sorted(counts, key=lambda name: -counts[name])

@@ -26,13 +26,13 @@ _BLACK, _ORANGE, _BLUE, _GREEN, _RED = (
     "#D55E00",
 )
 _MARKS = {
+    Verdict.BOUND: ("bounded: a hard batch", _BLUE, "."),
     Verdict.SKIP: ("skipped: batch dropped", _ORANGE, "v"),
     Verdict.REVERT: ("reverted: back to anchor", _RED, "X"),
 }
 _ERRORS = {
     "scaled_error": ("loss", _BLACK, "-"),
     "scaled_norm_error": ("gradient norm", _BLUE, "--"),
-    "scaled_drift": ("average loss (drift)", _GREEN, "-."),
 }
 _TOP, _BOTTOM = 10.0, -1.0  # of the panel of errors
 
@@ -47,8 +47,8 @@ _LAYERS = {
 def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
     """Draws what happened in a run, and why.
 
-    Three panels over the steps: the loss with a mark at each step that was skipped or
-    reverted; the factors of the learning rate (``macro_rate``, ``damping`` and their
+    Three panels over the steps: the loss with a mark at each step that was bounded,
+    skipped or reverted; the factors of the learning rate (``macro_rate``, ``damping`` and their
     product); and the errors in units of what is tolerated, with the threshold at 1.
     Errors beyond 10 are drawn as triangles at the top.
 

@@ -32,7 +32,7 @@ def digest(tree):
 def train(layout, data):
     """Returns losses, verdicts, rates, and a hash of what all devices have."""
     params, state, told = train_sharded(lo.lalerg(1.0), layout, data)
-    common = state.scalars, state.judge_state
+    common = state.scalars, state.history
     if layout == "data parallel":
         common = params, state
     return np.asarray(told).tolist(), digest(common)

@@ -6,21 +6,38 @@ in ``update``. Names are those of the package's states.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
-ACCEPT, SKIP, REVERT = 0, 1, 2
-RESTART = "restart"
+ACCEPT, SKIP, REVERT, BOUND = 0, 1, 2, 3
+HEALTHY, SUSPECT, RESTORING, TRIAL, EPISODE, REWINDING = range(6)
+START, RESTARTED, SEARCH, STEER = range(4)
 LARGEST = 1e37  # how an infinite error shows
 MAX_RATE = 2.0**40
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_ROOT = float(np.finfo(np.float32).tiny) ** 0.5
+
+
+class Audit(NamedTuple):
+    """What all looks back at an anchor say together."""
+
+    alignment: float
+    alignment_error: float
+    reach: float = 0.0
+
+
+class Restart(NamedTuple):
+    """Told instead, where params go back to the start of the run."""
+
+    reach: float = 0.0
 
 
 def global_norm(vector):
-    """Returns the l2 norm; infinite where its square is too large for a float32."""
+    """Returns the l2 norm, as far as the squares are float32 numbers."""
     square = 0.0
     for x in vector:
-        square += float(x) ** 2
+        square += 0.0 if abs(x) < FLOAT32_ROOT else float(x) ** 2
     return math.inf if square > FLOAT32_MAX else math.sqrt(square)
 
 
@@ -79,14 +96,14 @@ class MicroRate:
         tensors = np.split(grads, np.cumsum(self.tensors)[:-1])
         return np.array([sum(g**2) / len(g) for g in tensors])
 
-    def update(self, grads, params, value, verdict=None, audit=None):
+    def update(self, grads, params, value, verdict=None, audit=None, is_harmful=False):
         if verdict is None:
             is_open = math.isfinite(global_norm(grads))
         else:
-            is_open = verdict == ACCEPT
+            is_open = verdict in (ACCEPT, BOUND)
         if verdict == REVERT:
             self.mu = np.zeros_like(self.mu)
-        if audit == RESTART:
+        if isinstance(audit, Restart):
             self.nu = np.full_like(self.nu, self.initial_scale)
             self.micro_count = 0
         if not is_open:
@@ -128,54 +145,60 @@ class MacroRate:
         self.good_alignment = good_alignment
         self.audit_every = audit_every
         self.macro_rate = 1.0
-        self.macro_min_rate = 1.0 / MAX_RATE
-        self.macro_growth = 1.0
-        self.last_macro_revert = 0
-        self.is_searching = search
-        self.has_improved = not search  # without a search there is nothing to find
-        self.has_failed = False
-        self.is_reverting = False
-        self.avg_alignment = 0.0
-        self.best_alignment = 0.0
+        self.phase = START if search else STEER
+        self.avg_alignment = self.best_alignment = 0.0
+        self.spread = self.noise = 0.0
+        self.num_audits = 0
         self.window = []
-        self.last_window_mean = 0.0
-        self.last_window_variance = 0.0
-        self.best_window_mean = 0.0
-        self.best_window_variance = 0.0
+        self.loss_variance = 0.0
+        self.first_window_mean = self.best_window_mean = 0.0
+        self.last_window_mean = self.last_window_variance = 0.0
         self.num_macro_steps = 0
         self.num_windows = 0
         self.num_macro_held = 0
 
-    def update(self, updates, params, value, verdict=None, audit=None):
+    def update(
+        self, updates, params, value, verdict=None, audit=None, is_harmful=False
+    ):
         """Scales the updates.
 
-        ``audit`` is None without a regulator that takes audits. With one, it is the
-        alignment at the steps with an audit, `RESTART` where params go back to the
+        ``audit`` is None without a regulator that takes audits. With one, it is an
+        `Audit` at the steps with an audit, a `Restart` where params go back to the
         start, and False at all others.
         """
+        if self.search and is_harmful:
+            self.harm(getattr(audit, "reach", 0.0))
         if verdict is None:
             loss_is_finite = value is None or math.isfinite(value)
             is_open = loss_is_finite and math.isfinite(global_norm(updates))
         else:
-            is_open = verdict == ACCEPT
-        was_reverting, self.is_reverting = self.is_reverting, verdict == REVERT
+            is_open = verdict in (ACCEPT, BOUND)
         if not is_open:
             self.num_macro_held += 1
-            if self.search and self.is_reverting and not was_reverting:
-                self.revert()  # once: two steps, one REVERT
             return np.zeros_like(params)
         if self.search:
+            self.has_value = value is not None
             loss = 0.0 if value is None else float(np.clip(value, -1e16, 1e16))
             self.window.append(loss)
             self.num_macro_steps += 1
             if audit is None:
-                if len(self.window) >= self.audit_every and value is not None:
+                if len(self.window) >= self.audit_every and self.has_value:
                     self.audit_window()
-                    self.start_window(value)
-            elif audit is not False:
-                self.audit_alignment(audit, value)
-                self.start_window(value)
+            elif hasattr(audit, "alignment"):
+                self.audit_alignment(audit.alignment, audit.alignment_error)
         return self.macro_rate * updates
+
+    def scale(self, factor):
+        self.macro_rate = min(max(factor * self.macro_rate, 1 / MAX_RATE), MAX_RATE)
+
+    def harm(self, reach):
+        if self.phase in (START, RESTARTED):
+            factor = min(self.backoff_factor**4, 1e-3 / max(reach, 1e-3))
+            self.phase = RESTARTED
+        else:
+            factor = self.backoff_factor
+        self.scale(factor)
+        self.window = []
 
     def mean_and_variance(self):
         """Returns the mean loss of the window, and the variance of that mean."""
@@ -184,96 +207,145 @@ class MacroRate:
         squares = sum((x - mean) ** 2 for x in self.window)
         return mean, squares / ((max(count, 2) - 1) * max(count, 2))
 
-    def audit_window(self):
+    def compare(self):
+        """Sets how the window compares with those before it."""
+        count = len(self.window)
+        mean, _ = self.mean_and_variance()
+        is_first = self.num_windows == 0
+        rise = mean - self.best_window_mean
+        margin = 2.0 * math.sqrt(2.0 * self.loss_variance / count)
+        progress = self.first_window_mean - self.best_window_mean
+        pace = count / self.num_macro_steps
+        least = 0.01 * pace * (self.first_window_mean - mean)
+        is_clear = self.has_value and not is_first and progress > 2.0 * margin
+        self.is_best = self.has_value and (is_first or rise < 0.0)
+        self.is_worse = self.has_value and not is_first and rise > margin
+        self.is_undone = self.is_worse and is_clear and 2.0 * rise > progress
+        self.is_gaining = is_first or -rise > least
+        self.is_flat = is_clear and margin - rise < least
+
+    def finish(self):
+        """Remembers the window, and starts another one."""
+        mean, variance = self.mean_and_variance()
+        spread = variance * len(self.window)
         if self.num_windows == 0:
-            return  # the first window is what the second is compared with
-        if not self.is_searching:
-            self.steer(-self.good_alignment if self.is_worse() else 0.0, True)
-            return
-        mean, variance = self.mean_and_variance()
-        margin = 2.0 * math.sqrt(variance + self.last_window_variance)
-        rise = mean - self.last_window_mean
-        if rise < -margin:
-            self.has_improved = True
-            self.end_search()
-        elif rise > margin:
-            self.scale(self.backoff_factor**4)
+            self.first_window_mean, self.loss_variance = mean, spread
         else:
-            self.scale(self.growth_factor**0.5)
-
-    def audit_alignment(self, alignment, value):
-        has_moved = alignment != 0.0
-        if has_moved:
-            is_known = self.best_alignment > 0.0
-            old = self.avg_alignment if is_known else alignment
-            self.avg_alignment = 0.5 * old + 0.5 * alignment
-            self.best_alignment = max(self.best_alignment, self.avg_alignment)
-        best = max(self.best_alignment, abs(self.avg_alignment))
-        rho = self.avg_alignment / best if best > 0.0 else 1.0
-        if not self.is_searching:
-            self.steer(rho, value is not None)
-        elif not has_moved:
-            self.scale(self.growth_factor**rho)
-        elif self.avg_alignment <= self.good_alignment * self.best_alignment:
-            self.scale(self.backoff_factor ** (1 if self.has_improved else 4))
-            if self.has_improved:
-                self.end_search()
-        elif self.has_improved:
-            self.scale(self.growth_factor**rho)
-        else:
-            self.scale(self.backoff_factor ** (4 if self.has_failed else 2))
-            self.has_improved = True
-            self.avg_alignment = self.best_alignment = 0.0
-
-    def start_window(self, value):
-        mean, variance = self.mean_and_variance()
-        is_best = self.num_windows == 0 or mean < self.best_window_mean
-        if is_best and value is not None:
-            self.best_window_mean, self.best_window_variance = mean, variance
+            self.loss_variance += 0.25 * (spread - self.loss_variance)
+        if self.num_windows == 0 or self.is_best:
+            self.best_window_mean = mean
         self.last_window_mean, self.last_window_variance = mean, variance
         self.num_windows += 1
         self.window = []
 
-    def scale(self, factor):
-        self.macro_rate = min(max(factor * self.macro_rate, 1 / MAX_RATE), MAX_RATE)
+    def audit_window(self):
+        self.compare()
+        mean, variance = self.mean_and_variance()
+        margin = 2.0 * math.sqrt(variance + self.last_window_variance)
+        rise = mean - self.last_window_mean
+        if self.phase == STEER:
+            self.steer()
+        elif self.num_windows > 0:
+            if rise < -margin:
+                self.phase = STEER
+            elif rise > margin:
+                self.lower(is_known=False)
+            else:
+                self.scale(self.growth_factor**0.5)
+                self.phase = SEARCH
+        else:
+            self.phase = SEARCH
+        self.finish()
 
-    def steer(self, rho, has_value):
-        mean, _ = self.mean_and_variance()
+    def lower(self, is_known):
+        """A bad audit before the search is over."""
+        if self.phase == SEARCH:
+            self.scale(self.backoff_factor ** (1 if is_known else 2))
+            self.phase = STEER
+        else:
+            self.scale(self.backoff_factor**4)
+
+    def audit_alignment(self, alignment, error):
+        self.compare()
+        has_moved = alignment != 0.0
+        if has_moved:
+            self.estimate(alignment, error)
+        c, best = self.avg_alignment, self.best_alignment
+        error = 2.0 * math.sqrt(self.noise)
+        is_known = best > 0.0
+        is_bad = has_moved and c + error <= self.good_alignment * best
+        is_bad = is_bad or (self.is_undone and self.phase == SEARCH)
+        is_good = not is_bad and has_moved and c - error > self.good_alignment * best
+        rho = max(c / max(best, abs(c)), 0.0) if is_known else 0.5
+        if not has_moved:
+            rho = 1.0
+        is_reopened = is_known and self.is_gaining and c - error > 0.5 * best
+        if self.phase == STEER and not is_reopened:
+            self.steer()
+        elif self.phase in (START, RESTARTED):
+            if is_good:
+                self.scale(self.backoff_factor ** (2 if self.phase == START else 4))
+                self.num_audits, self.best_alignment = 0, 0.0
+                self.phase = SEARCH
+            elif is_bad:
+                self.lower(is_known)
+            else:
+                self.scale(self.growth_factor**rho)
+                self.phase = SEARCH
+        elif is_bad:
+            self.phase = SEARCH
+            self.lower(is_known)
+        elif self.phase == SEARCH and (
+            self.is_flat or (has_moved and is_known and not is_good)
+        ):
+            self.phase = STEER
+        else:
+            self.phase = SEARCH if self.phase == SEARCH else STEER
+            self.scale(self.growth_factor**rho)
+        self.finish()
+
+    def estimate(self, alignment, error):
+        """Kalman's filter."""
+        noise = error**2
+        if self.num_audits == 0:
+            drift = (0.25 * abs(alignment)) ** 2
+            self.avg_alignment = alignment
+            self.spread, self.noise = noise + drift, noise
+        else:
+            scale = max(self.best_alignment, abs(self.avg_alignment))
+            drift = (0.25 * scale) ** 2
+            before = self.spread + drift
+            gain = before / max(before + noise + drift, 1e-30)
+            surprise = (alignment - self.avg_alignment) ** 2
+            if surprise > 4.0 * (noise + self.noise):
+                gain = max(gain, 0.5)
+            self.avg_alignment += gain * (alignment - self.avg_alignment)
+            self.spread = (1.0 - gain) * before
+            self.noise = (1.0 - gain) ** 2 * self.noise + gain**2 * noise
+        clear = self.avg_alignment - 2.0 * math.sqrt(self.noise)
+        self.best_alignment = max(self.best_alignment, clear)
+        self.num_audits += 1
+
+    def steer(self):
+        if self.is_undone:
+            self.scale(self.backoff_factor)
+            return
+        c, best = self.avg_alignment, self.best_alignment
+        scale = max(best, abs(c))
+        rho = c / scale if scale > 0.0 else 0.0
+        progress = max(self.first_window_mean - self.best_window_mean, 0.0) ** 2
+        trust = 0.25 * progress / max(0.25 * progress + self.loss_variance, 1e-30)
+        if self.num_audits == 0:
+            rho, trust = (-self.good_alignment if self.is_worse else 0.0), 1.0
         tilt = rho / self.good_alignment
-        is_best = self.num_windows == 0 or mean < self.best_window_mean
-        power = 0.5 + tilt if has_value and is_best else min(tilt, 0.0)
-        may_fall = self.anneal or (has_value and self.is_worse())
-        power = max(power, -1.0 if may_fall else 0.0)
-        if power > 0.0:
-            power = min(power, 2.0) * self.macro_growth
+        bold = 0.5 + tilt if self.is_best and self.is_gaining else min(tilt, 0.0)
+        is_beyond = c + 2.0 * math.sqrt(self.noise) < -best
+        may_fall = self.anneal or self.is_worse or is_beyond
+        bold = min(max(bold, -1.0 if may_fall else 0.0), 2.0)
+        careful = min(max(4.0 * (rho - 0.15), -1.0), 1.0)
+        power = trust * bold + (1.0 - trust) * careful
         share = len(self.window) / self.num_macro_steps
         self.scale(self.slow_growth_factor ** (min(1.0, 8.0 * share) * power))
-        mended = self.macro_growth * self.backoff_factor**-share
-        self.macro_growth = min(mended, 1.0)
-
-    def is_worse(self):
-        """Returns whether the mean loss is clearly above its best."""
-        mean, variance = self.mean_and_variance()
-        margin = 2.0 * math.sqrt(variance + self.best_window_variance)
-        return self.num_windows > 0 and mean - self.best_window_mean > margin
-
-    def revert(self):
-        power = 1 if self.has_improved else 4
-        steps_since = self.num_macro_steps - self.last_macro_revert
-        if not self.is_searching and 8 * steps_since >= self.num_macro_steps:
-            power = 0
-        self.last_macro_revert = self.num_macro_steps
-        lower = self.backoff_factor**power * self.macro_rate
-        floor = min(self.macro_min_rate, self.macro_rate)  # a REVERT raises nothing
-        self.macro_rate = max(lower, floor)
-        self.has_failed = self.has_failed or not self.has_improved
-        if not self.is_searching:
-            self.macro_growth *= self.backoff_factor
-        self.window = []
-
-    def end_search(self):
-        self.is_searching = False
-        self.macro_min_rate = self.macro_rate / 8.0
 
 
 class AddDecayedWeights:
@@ -282,7 +354,9 @@ class AddDecayedWeights:
     def __init__(self, weight_decay):
         self.weight_decay = weight_decay
 
-    def update(self, updates, params, value, verdict=None, audit=None):
+    def update(
+        self, updates, params, value, verdict=None, audit=None, is_harmful=False
+    ):
         return updates + self.weight_decay * params
 
 
@@ -293,7 +367,9 @@ class LearningRate:
         self.learning_rate = learning_rate
         self.count = 0
 
-    def update(self, updates, params, value, verdict=None, audit=None):
+    def update(
+        self, updates, params, value, verdict=None, audit=None, is_harmful=False
+    ):
         rate = self.learning_rate
         if callable(rate):
             rate = rate(self.count)
@@ -308,7 +384,9 @@ class Momentum:
         self.decay = decay
         self.trace = 0.0
 
-    def update(self, updates, params, value, verdict=None, audit=None):
+    def update(
+        self, updates, params, value, verdict=None, audit=None, is_harmful=False
+    ):
         self.trace = updates + self.decay * self.trace
         return self.trace
 
@@ -319,9 +397,11 @@ class Chain:
     def __init__(self, *links):
         self.links = links
 
-    def update(self, updates, params, value, verdict=None, audit=None):
+    def update(
+        self, updates, params, value, verdict=None, audit=None, is_harmful=False
+    ):
         for link in self.links:
-            updates = link.update(updates, params, value, verdict, audit)
+            updates = link.update(updates, params, value, verdict, audit, is_harmful)
         return updates
 
 
@@ -354,227 +434,371 @@ class ErrorRegulate:
 
         self.loss_history = LossHistory()
         self.norm_history = LossHistory()
-        self.avg_value = self.avg_deviation = self.best_value = 0.0
-        self.num_averaged = 0
-        self.num_rejected_in_row = 0
-        self.num_finite_rejected_in_row = 0
-        self.restore_pending = False
+        self.doubt = self.peak_doubt = self.harmless_doubt = 0.0
+        self.ceiling = self.ceiling_in_doubt = -LARGEST
+        self.skips_left = 5.0
+        self.num_hard = 0
+        self.conduct = HEALTHY
+        self.has_value = True
 
         self.verdict = ACCEPT
-        self.reason = ""  # not in the package: what the tests count
-        self.scaled_error = self.scaled_norm_error = self.scaled_drift = 0.0
-        self.grad_norm = self.alignment = 0.0
+        self.events = set()  # not in the package: what the tests count
+        self.scaled_error = self.scaled_norm_error = self.grad_norm = 0.0
+        self.avg_value = 0.0
         self.damping = 1.0
-        self.num_accepted = self.num_skipped = self.num_reverted = 0
-        self.num_audits_passed = 0
-        self.evidence = 0.0
-        self.num_looks = 0
+        self.num_well = 0
+        self.num_accepted = self.num_bounded = 0
+        self.num_skipped = self.num_reverted = 0
+        self.num_trials = self.num_harmful = self.num_audits_passed = 0
+
+        self.looks = []  # those at this anchor
+        self.look_variance = 0.0
+        self.alignment = self.alignment_error = 0.0
         self.anchor_age = 0
         self.anchor = params.copy()
 
     def update(self, grads, params, value):
         """Judges a step, and returns the update."""
-        norm = global_norm(grads)
-        self.grad_norm = norm if math.isfinite(norm) else LARGEST
-        steps_needed = min(max(self.num_accepted // 8, 5), self.anchor_every)
-        is_due = self.anchor_age >= steps_needed
-        alignment, evidence, num_looks = None, 0.0, 0
-        if self.audit and is_due:
-            alignment, evidence, num_looks = self.look_back(grads, params)
-        is_started = self.num_audits_passed > 0
-        audit_failed = alignment is not None and alignment < 0.0 and not is_started
-        self.judge(value, norm, audit_failed)
-        if self.reason == "failed audit":
-            self.alignment = alignment
-        if is_due and (self.verdict == ACCEPT or self.reason == "failed audit"):
-            self.evidence, self.num_looks = evidence, num_looks
-
-        if self.verdict == ACCEPT:
-            return self.accept(grads, params, value, is_due, alignment)
-        if self.inner is not None:
-            nothing = np.zeros_like(params)
-            usable = None if value is None else self.avg_value
-            audit = False if self.audit else None
-            is_started = self.num_audits_passed > 0
-            if self.audit and not is_started and self.restore_pending:
-                audit = RESTART
-            self.inner.update(nothing, params, usable, self.verdict, audit)
+        self.events = set()
+        self.measure(value, global_norm(grads))
+        self.decide()
+        audit = self.look(grads, params)
+        self.remember()
+        updates = self.hand_down(grads, params, value, audit)
         if self.verdict == SKIP:
-            self.num_skipped += 1
             return np.zeros_like(params)
-        self.num_reverted += 1
-        self.anchor_age = 0
-        is_started = not self.audit or self.num_audits_passed > 0
-        if self.restore_pending and is_started:  # the first of the two steps
-            self.damping = max(self.backoff_factor * self.damping, 2.0**-10)
-        return self.anchor - params
-
-    def accept(self, grads, params, value, is_due, alignment):
-        """Returns the update of an accepted step, and moves the anchor."""
-        self.num_accepted += 1
-        errors = (self.scaled_error, self.scaled_norm_error, self.scaled_drift)
-        self.anchor_age += 1
-        audit = False if self.audit else None
-        # before the first good audit, there is no other reason to leave the start
-        may_move = not self.audit or self.num_audits_passed > 0 or alignment is not None
-        if is_due and may_move and max(errors) < 0.5:
-            self.anchor = params.copy()
-            self.anchor_age = 1
-            if alignment is not None:
-                audit = self.alignment = alignment
-                self.num_audits_passed += alignment > 0.0
-
-        norm = global_norm(grads)
-        if self.clip_norm is not None and norm > self.clip_norm:
-            grads = grads * (self.clip_norm / norm)
-        updates = grads
-        if self.inner is not None:
-            updates = self.inner.update(grads, params, value, self.verdict, audit)
-        recovery = self.backoff_factor ** (-1.0 / self.recovery_steps)
-        self.damping = min(recovery * self.damping, 1.0)
+        if self.verdict == REVERT:
+            return self.anchor - params
         return self.damping * updates
 
-    def look_back(self, grads, params):
-        """Returns the alignment, the evidence gathered so far and from how many looks.
+    # ---- errors
 
-        The alignment is None where there is nothing to see or, before the first good
-        audit, as long as all looks together do not tell up from down.
-        """
-        way_back = self.anchor - params
-        lengths = global_norm(grads) * global_norm(way_back)
-        if global_norm(grads) == 0.0 or not lengths < math.inf:
-            return None, 0.0, 0
-        if lengths == 0.0:
-            return 0.0, 0.0, 0
-        products = grads * way_back
-        alignment = float(np.clip(np.sum(products) / lengths, -1.0, 1.0))
-        if self.num_audits_passed == 0 and alignment != 0.0:
-            noise = math.sqrt(np.sum(products**2))
-            significance = np.sum(products) / noise if noise > 0.0 else math.inf
-            evidence = self.evidence + float(significance)
-            num_looks = self.num_looks + 1
-            if abs(evidence) <= 0.99 * math.sqrt(num_looks):
-                return None, evidence, num_looks
-        return alignment, 0.0, 0
+    def measure(self, value, norm):
+        """Compares loss and norm with those before."""
+        self.last_error = self.error
+        self.has_value = value is not None
+        self.loss = 0.0 if value is None else value
+        if math.isfinite(self.loss):
+            self.loss = min(max(self.loss, -LARGEST), LARGEST)
+        self.norm = norm
+        self.grad_norm = norm if math.isfinite(norm) else LARGEST
+        self.is_usable = math.isfinite(self.loss) and math.isfinite(norm)
 
-    def judge(self, value, norm, audit_failed):
-        """Sets the verdict, and what the next one is based on."""
-        loss = 0.0 if value is None else value
-        is_finite = math.isfinite(loss) and math.isfinite(norm)
-
-        # the errors of loss and norm, and what an alarm is recorded as
-        share = min(1.5 * 1.645 / self.threshold, 1.0)
-        median, spread = self.loss_history.centre_and_spread()
-        loss_scale = max(
-            self.threshold * spread,
-            self.progress_fraction * (self.loss_history.start_value - median),
+        m, s = self.loss_history.centre_and_spread()
+        scale = max(
+            self.threshold * s,
+            self.progress_fraction * (self.loss_history.start_value - m),
         )
-        loss_tolerance = max(loss_scale, 1e-5 * abs(median), 1e-30)
-        if loss_scale <= 0.0:
-            loss_tolerance = math.inf
-        self.scaled_error = self.error(
-            self.loss_history, loss, median, loss_tolerance, 16
+        self.loss_is_known = len(self.loss_history.values) >= 16 and scale > 0.0
+        self.loss_tolerance = max(scale, 1e-5 * abs(m))
+        self.loss_median = m
+        self.scaled_error = self.rise(
+            self.loss, m, self.loss_tolerance, self.loss_is_known
         )
-        loss_alarm = median + share * loss_tolerance
-        loss_is_known = len(self.loss_history.values) >= 16 and loss_scale > 0.0
 
-        log_norm = math.nan if math.isnan(norm) or norm == 0.0 else math.log(norm)
-        median, spread = self.norm_history.centre_and_spread()
+        m, s = self.norm_history.centre_and_spread()
         is_early = len(self.norm_history.values) < 16
         floor = math.log(16.0) if is_early else math.log(4.0)
-        norm_tolerance = max(self.threshold * spread, floor)
-        self.scaled_norm_error = self.error(
-            self.norm_history, log_norm, median, norm_tolerance, 1
-        )
-        norm_alarm = median + share * norm_tolerance
-        norm_is_known = len(self.norm_history.values) >= 1
-        norm_is_alarm = self.scaled_norm_error > 1.0
-        if norm == 0.0:
-            self.scaled_norm_error = 0.0
-        if self.inner is None and value is not None:
-            self.scaled_norm_error = 0.0 if math.isfinite(norm) else LARGEST
-
-        is_outlier = max(self.scaled_error, self.scaled_norm_error) > 1.0
-        is_new_level = is_finite and self.num_finite_rejected_in_row >= self.patience
-        if is_new_level:
-            self.num_averaged = 0
-
-        # the average after this loss, if it is one to be averaged, and the drift
-        avg, deviation, best = self.avg_value, self.avg_deviation, self.best_value
-        if is_new_level or not is_outlier:
-            mean_weight = 1.0 / (self.num_averaged + 1)
-            avg += max(0.05, mean_weight) * (loss - avg)
-            deviation += max(0.01, mean_weight) * (abs(loss - avg) - deviation)
-            best = avg if self.num_averaged == 0 else min(best, avg)
-        self.scaled_drift = 0.0
-        if self.num_averaged >= 128:
-            drift_tolerance = max(
-                4.0 * self.avg_deviation,
-                (self.loss_history.start_value - best) / 2.0,
-                1e-5 * abs(best),
-                1e-30,
+        self.log_norm = math.log(norm) if norm > 0.0 else math.nan
+        self.norm_is_known = len(self.norm_history.values) >= 1
+        self.norm_tolerance = max(self.threshold * s, floor, self.ceiling - m)
+        self.norm_median = m
+        self.norm_rise = 0.0
+        if norm != 0.0:
+            self.norm_rise = self.rise(
+                self.log_norm, m, self.norm_tolerance, self.norm_is_known
             )
-            self.scaled_drift = min((avg - best) / drift_tolerance, LARGEST)
+        self.norm_is_judged = self.inner is not None or value is None
+        self.scaled_norm_error = self.norm_rise
+        if not self.norm_is_judged and math.isfinite(norm):
+            self.scaled_norm_error = 0.0
 
-        # the verdict
-        if self.restore_pending:
-            self.verdict, self.reason = REVERT, "revert again"
-            self.restore_pending = False
-        elif is_new_level:
-            self.verdict, self.reason = ACCEPT, "new level"
-        elif is_outlier and self.num_rejected_in_row == 1:
-            self.verdict, self.reason = REVERT, "second outlier"
-        elif is_outlier:
-            self.verdict = SKIP
-            is_first = self.num_rejected_in_row == 0
-            self.reason = "first outlier" if is_first else "outlier after revert"
-        elif self.scaled_drift > 1.0:
-            self.verdict, self.reason = REVERT, "drift"
-        elif audit_failed:
-            self.verdict, self.reason = REVERT, "failed audit"
+        # where there is no loss, the norm takes its place
+        can_skip = self.skips_left >= 1.0
+        norm_is_large = self.is_usable and self.scaled_norm_error > 1.0
+        if value is None:
+            self.is_high = norm_is_large and not can_skip
+            self.is_odd = norm_is_large and can_skip
         else:
-            self.verdict, self.reason = ACCEPT, ""
-        audit_failed = self.reason == "failed audit"
+            self.is_high = self.is_usable and self.scaled_error > 1.0
+            self.is_odd = norm_is_large and not self.is_high
+        self.is_skipped = not self.is_usable or (self.is_odd and can_skip)
 
-        # what is remembered: averages
-        if self.verdict == ACCEPT:
-            self.avg_value, self.avg_deviation = avg, deviation
-            self.best_value = best + (avg - best) / 1024.0
-            self.num_averaged = min(self.num_averaged + 1, 128)
-            self.num_rejected_in_row = self.num_finite_rejected_in_row = 0
-        else:
-            self.num_rejected_in_row += 1
-            self.num_finite_rejected_in_row += is_finite
-        if self.reason in ("second outlier", "failed audit", "drift"):
-            self.restore_pending = True
-        if self.reason in ("failed audit", "drift"):
-            self.num_averaged = 0
+    @staticmethod
+    def rise(signal, median, tolerance, is_known):
+        if not math.isfinite(signal):
+            return LARGEST
+        if not is_known:
+            return 0.0
+        return min(max((signal - median) / tolerance, -LARGEST), LARGEST)
 
-        # what is remembered: windows
-        if audit_failed or is_new_level:
-            self.loss_history, self.norm_history = LossHistory(), LossHistory()
-        if audit_failed:
+    @property
+    def error(self):
+        """Returns the error that is evidence against the params."""
+        return self.scaled_error if self.has_value else self.scaled_norm_error
+
+    # ---- doubt and conduct
+
+    def decide(self):
+        """Sets verdict and conduct."""
+        self.is_new_revert = self.is_harmful = self.is_new_level = False
+        self.is_over = False  # whether nothing is in doubt any more
+        self.last_doubt = self.doubt
+        if self.conduct == RESTORING:
+            self.verdict, self.conduct = REVERT, TRIAL
             return
-        if not is_new_level:
-            if self.scaled_error > 1.0 and math.isfinite(loss):
-                loss = loss_alarm
-            if norm_is_alarm and math.isfinite(log_norm):
-                log_norm = norm_alarm
-            if is_outlier and not loss_is_known:
+        if self.conduct == REWINDING:
+            self.verdict, self.conduct = REVERT, HEALTHY
+            return
+
+        evidence = min(max(self.error, 0.0), 1.0) if self.is_usable else 1.0
+        self.doubt = max(0.0, self.doubt + evidence - 0.25)
+        if self.is_skipped:
+            self.verdict = SKIP
+            self.events.add("odd" if self.is_usable else "not finite")
+        elif self.is_high or self.is_odd:
+            self.verdict = BOUND
+            self.events.add("high" if self.is_high else "odd, bounded")
+        else:
+            self.verdict = ACCEPT
+        is_fine = self.is_usable and self.error < 0.5
+        is_long = self.num_hard >= self.patience
+        is_last = is_long and self.num_hard < self.patience + 1
+
+        if self.conduct in (HEALTHY, SUSPECT):
+            needed = 1.25
+            if self.is_usable:
+                usual = 2.0 * self.harmless_doubt + 0.75
+                needed = max(1.25, min(usual, 0.75 * self.patience))
+            if self.doubt >= needed:
+                self.go_back(RESTORING, "trial")
+            elif self.doubt == 0.0:
+                self.conduct, self.is_over = HEALTHY, True
+            elif self.doubt > 0.5:
+                self.conduct = SUSPECT
+        elif self.conduct == TRIAL:
+            clipped = [min(max(e, -1.0), 1.0) for e in (self.last_error, self.error)]
+            if is_fine and sum(clipped) / 2.0 < 0.25:
+                # one that was hard at the anchor already is no harm
+                self.is_harmful = not is_long
+                self.events.add("late relief" if is_long else "harm")
+                self.conduct, self.is_over = HEALTHY, True
+            elif self.is_usable and is_long:
+                self.verdict = ACCEPT
+                self.events.add("new level")
+                self.is_new_level = self.is_over = True
+                self.conduct = HEALTHY
+            else:
+                self.events.add("episode")
+                self.conduct = EPISODE
+                self.num_hard += 1
+        elif is_fine:  # the end of an episode
+            self.conduct, self.is_over = HEALTHY, True
+            if self.peak_doubt > 0.0:  # something was learnt in it
+                self.go_back(REWINDING, "rewind")
+        elif is_last and self.peak_doubt > 0.0:
+            self.go_back(RESTORING, "trial, again")
+        elif is_long and not is_last and self.is_usable:
+            self.verdict = ACCEPT
+            self.events.add("new level")
+            self.is_new_level = self.is_over = True
+            self.conduct = HEALTHY
+        else:
+            self.num_hard += 1
+
+    def go_back(self, conduct, event):
+        self.verdict, self.conduct = REVERT, conduct
+        self.is_new_revert = True
+        self.num_trials += conduct == RESTORING
+        self.events = {event}
+
+    # ---- looks back
+
+    def look(self, grads, params):
+        """Looks back at the anchor and moves it; returns what links are told."""
+        self.is_failed = self.is_moved = False
+        self.is_started = not self.audit or self.num_audits_passed > 0
+        every = max(self.num_accepted // 8, 5)
+        if self.audit:  # noisy looks need a longer way to look back on
+            noise = self.look_variance / max(self.alignment**2, 1e-12)
+            every = max(every, int(5 * min(16.0 * noise, 1e6)))
+        every = min(every, self.anchor_every)
+        is_healthy = max(self.scaled_error, self.scaled_norm_error) < 0.5
+        may_move = self.verdict == ACCEPT and self.conduct == HEALTHY
+        may_move = may_move and is_healthy and self.anchor_age >= every
+        taken = False
+        if not self.audit:
+            taken = None
+            self.is_moved = may_move
+        elif self.verdict in (ACCEPT, BOUND) and self.anchor_age >= max(every - 3, 1):
+            taken = self.look_back(grads, params, may_move)
+        if self.is_failed:
+            self.go_back(REWINDING, "failed audit")
+            self.is_harmful = self.is_over = True
+        if self.is_moved:
+            # an entry whose square overflows is not copied
+            sound = np.square(params) <= FLOAT32_MAX
+            self.anchor = np.where(sound, params, self.anchor)
+        if self.audit and self.is_new_revert and not self.is_started:
+            taken = Restart(self.reach if self.is_failed else 0.0)
+        return taken
+
+    def look_back(self, grads, params, may_move):
+        alignment = self.alignment_with(grads, params)
+        if alignment is not None:
+            self.looks.append(alignment)
+        n = len(self.looks)
+        mean = sum(self.looks) / n if n else 0.0
+        variance = self.look_variance
+        if n >= 2:
+            own = sum((look - mean) ** 2 for look in self.looks) / (n - 1)
+            variance = 0.75 * variance + 0.25 * own if variance > 0.0 else own
+        error = math.sqrt(variance / max(n, 1))
+
+        self.reach = 0.0
+        if not self.is_started:
+            is_still = alignment is not None and not any(self.looks)
+            reach = self.reach_of(params) if alignment is not None else 0.0
+            is_far = reach > 1e-2 and self.num_harmful == 0
+            is_bad = n >= 3 and mean < -3.0 * error and self.num_harmful < 8
+            self.is_failed = is_bad or is_far
+            is_clear = (n >= 3 and mean > 2.0 * error) or n >= 16 or is_still
+            may_move = may_move and is_clear and not self.is_failed
+            self.reach = reach if self.is_failed else 0.0
+        self.is_moved = may_move
+        is_held = self.is_started and n >= 8
+        if not (self.is_failed or self.is_moved or is_held):
+            return False
+        self.looks, self.look_variance = [], variance
+        if self.is_failed or n > 0:
+            self.alignment, self.alignment_error = mean, error
+        if self.is_failed or n == 0:
+            return False
+        self.num_audits_passed += mean > 0.0
+        self.events.add("audit")
+        return Audit(mean, error)
+
+    def reach_of(self, params):
+        """Returns how far params are from the anchor, in units of its norm."""
+        size = global_norm(self.anchor)
+        return global_norm(params - self.anchor) / size if size > 0.0 else 0.0
+
+    def alignment_with(self, grads, params):
+        """Returns the cosine; None where there is nothing to see."""
+        way_back = self.anchor - params
+        norm = global_norm(grads)
+        length = norm * global_norm(way_back)
+        if norm == 0.0 or not length < math.inf:
+            return None
+        cosine = np.sum(grads * way_back) / length if length > 0.0 else 0.0
+        return float(np.clip(cosine, -1.0, 1.0))
+
+    # ---- what is remembered
+
+    def remember(self):
+        is_applied = self.verdict in (ACCEPT, BOUND)
+
+        if self.verdict == ACCEPT:
+            known = 0 if self.is_new_level else len(self.loss_history.values)
+            weight = max(0.05, 1.0 / (known + 1))
+            self.avg_value += weight * (self.loss - self.avg_value)
+
+        # n steps after the last harm, (n / recovery_steps)^2 cuts are made good
+        cut = max(self.backoff_factor * self.damping, 2.0**-10)
+        if is_applied:
+            before = (self.num_well / self.recovery_steps) ** 2
+            self.num_well += 1
+            made_good = (self.num_well / self.recovery_steps) ** 2 - before
+            self.damping = min(self.damping * self.backoff_factor**-made_good, 1.0)
+        if self.is_harmful:
+            self.num_harmful += 1
+            self.num_well = 0
+            if self.is_started:
+                self.damping = cut
+
+        if is_applied:
+            self.skips_left = min(self.skips_left + 1.0 / 16384.0, 5.0)
+        elif self.verdict == SKIP and self.is_odd:
+            self.skips_left -= 1.0
+
+        # doubt, and the norms of steps that are in doubt
+        if self.is_over:
+            if not self.is_harmful:
+                self.harmless_doubt = max(self.harmless_doubt, self.peak_doubt)
+                self.ceiling = max(self.ceiling, self.ceiling_in_doubt)
+            if self.is_new_level:
+                self.harmless_doubt = LARGEST
+            self.doubt = self.peak_doubt = 0.0
+            self.num_hard = 0
+        elif is_applied and self.doubt > self.last_doubt:
+            self.peak_doubt = max(self.peak_doubt, self.doubt)
+        if self.is_over or self.verdict == REVERT:
+            self.ceiling_in_doubt = -LARGEST
+        if self.verdict == BOUND and self.norm > 0.0:
+            tried = min(self.log_norm, self.log_limit())
+            self.ceiling_in_doubt = max(self.ceiling_in_doubt, tried)
+
+        self.num_accepted += is_applied
+        self.num_bounded += self.verdict == BOUND
+        self.num_skipped += self.verdict == SKIP
+        self.num_reverted += self.verdict == REVERT
+        self.anchor_age += is_applied
+        if self.is_moved:
+            self.anchor_age = 1
+        if self.verdict == REVERT:
+            self.anchor_age = 0
+            self.looks = []
+        self.record()
+
+    def record(self):
+        """Records loss and norm in their windows; an alarm is clipped."""
+        if self.is_failed or self.is_new_level:
+            self.loss_history, self.norm_history = LossHistory(), LossHistory()
+        if self.is_failed:
+            return
+        loss, log_norm = self.loss, self.log_norm
+        if not self.is_new_level:
+            share = min(1.5 * 1.645 / self.threshold, 1.0)
+            is_alarm = self.loss_is_known and self.scaled_error > 1.0
+            if is_alarm and math.isfinite(loss):
+                loss = self.loss_median + share * self.loss_tolerance
+            is_alarm = self.norm_is_known and self.norm_rise > 1.0
+            if is_alarm and math.isfinite(log_norm):
+                log_norm = self.norm_median + share * self.norm_tolerance
+            if (self.is_high or self.is_odd) and not self.loss_is_known:
                 loss = math.nan
-            if is_outlier and not norm_is_known:
+            if (self.is_high or self.is_odd) and not self.norm_is_known:
                 log_norm = math.nan
-        if value is not None:
+        if self.has_value:
             self.loss_history.record(loss)
         self.norm_history.record(log_norm)
 
-    @staticmethod
-    def error(history, value, median, tolerance, min_values):
-        if not math.isfinite(value):
-            return LARGEST
-        if len(history.values) < min_values:
-            return 0.0
-        return min(max((value - median) / tolerance, -LARGEST), LARGEST)
+    # ---- what links see
+
+    def log_limit(self):
+        """Returns the log norm that a bounded gradient may have."""
+        if not (self.norm_is_known and self.norm_is_judged):
+            return math.inf
+        floor = math.log(16.0) if self.is_high else math.log(4.0)
+        return self.norm_median + max(self.norm_tolerance, floor)
+
+    def hand_down(self, grads, params, value, audit):
+        """Returns the updates of the inner transformation."""
+        if self.verdict in (ACCEPT, BOUND):
+            limit = math.inf if self.clip_norm is None else self.clip_norm
+            if self.verdict == BOUND:
+                limit = min(limit, np.exp(self.log_limit()))
+            if self.norm > limit:
+                grads = grads * (limit / self.norm)
+            value = self.loss if self.has_value else None
+        else:
+            grads = np.zeros_like(params)
+            value = self.avg_value if self.has_value else None
+        if self.inner is None:
+            return grads
+        return self.inner.update(
+            grads, params, value, self.verdict, audit, self.is_harmful
+        )
 
 
 def lalerg(

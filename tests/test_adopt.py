@@ -158,7 +158,9 @@ def test_a_fault_right_after_adoption_is_survived(first, num_bad, factor):
     data[0][first : first + num_bad] *= factor
     _, state, losses = train(tx, params, lo.adopt(tx, params, state), data)
     report = lo.metrics(state)
-    assert num_bad <= report["num_skipped"] + report["num_reverted"] <= num_bad + 1
+    num_rejected = report["num_skipped"] + report["num_reverted"]
+    assert num_rejected + report["num_bounded"] >= num_bad
+    assert num_rejected <= num_bad + 4
     _, _, plain = go_on("adamw")
     assert np.mean(losses[-5:]) < np.mean(plain[:10])
 
@@ -289,7 +291,7 @@ def test_between_two_protected_optimizers_history_anchor_and_rate_are_kept():
     adopted = lo.adopt(new, params, state)
     assert_is_a_state_of(new, params, adopted)
     chex.assert_trees_all_equal(lo.metrics(adopted), lo.metrics(state))
-    chex.assert_trees_all_equal(adopted.judge_state, state.judge_state)
+    chex.assert_trees_all_equal(adopted.history, state.history)
     rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16), state.anchor)
     chex.assert_trees_all_equal(adopted.anchor, rounded)
 

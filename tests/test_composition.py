@@ -562,7 +562,7 @@ def test_tree_map_params_finds_what_is_like_the_params_and_nothing_else():
     assert state.anchor == marked
     micro = state.inner_state[0]
     assert (micro.mu, micro.nu, micro.micro_count) == (marked, marked, "other")
-    assert set(jax.tree.leaves(state.judge_state)) == {"other"}
+    assert set(jax.tree.leaves(state.history)) == {"other"}
     assert jax.tree.leaves(state).count("param") == 6
 
 
@@ -607,7 +607,7 @@ def test_chained_with_anything_the_loss_falls(chain):
 
 NAMES = {
     *("verdict", "scaled_error", "macro_rate", "damping", "num_accepted"),
-    *("num_skipped", "num_reverted", "avg_value", "best_value", "grad_norm"),
+    *("num_skipped", "num_reverted", "num_bounded", "avg_value", "grad_norm"),
 }
 
 

@@ -50,7 +50,7 @@ def assert_same_run(run, name, rtol=RTOL):
     params, _, told = one_device(name)
     losses, verdicts, rates = told
     assert verdicts[ALONE] == Verdict.SKIP
-    expected = [Verdict.SKIP, Verdict.REVERT, Verdict.REVERT]
+    expected = [Verdict.BOUND, Verdict.REVERT, Verdict.REVERT]
     assert verdicts[BURST : BURST + 3].tolist() == expected
     np.testing.assert_array_equal(run[2][1], verdicts)
     np.testing.assert_allclose(run[2][0], losses, rtol=rtol)  # a NaN is one in both
@@ -85,7 +85,7 @@ def test_eight_devices_take_the_run_of_one(layout, name):
         for key, leaf in tree.items():
             wanted = NamedSharding(make_mesh(), SHARDINGS[layout][key])
             assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), key
-    assert_devices_agree((state.scalars, state.judge_state))
+    assert_devices_agree((state.scalars, state.history))
 
 
 def test_the_search_from_above_goes_back_to_the_start_first():
@@ -153,7 +153,7 @@ def test_devices_with_parameters_of_their_own_decide_alike():
     _, state, told = train_mapped(
         tx, param_spec=P("d"), reduce_grads=total_to_mean, loss_fn=gathered_loss
     )
-    assert_devices_agree((state.scalars, state.judge_state, told))
+    assert_devices_agree((state.scalars, state.history, told))
     assert lo.metrics(state)["num_audits_passed"] > 2
     assert told[1, ALONE] == Verdict.SKIP
     assert told[0, -1] < 0.5 * told[0, 0]

@@ -292,7 +292,7 @@ def noisy_square(tx, num_steps=80, bad=(30, 50, 51, 52)):
     rng = np.random.default_rng(3)
     shift = jnp.asarray(rng.normal(0.0, 0.1, (num_steps, 6)), jnp.float32)
     factor = np.ones(num_steps, np.float32)
-    factor[list(bad)] = [np.nan, 1e6, 1e6, 1e6]
+    factor[list(bad)] = [np.nan, np.nan, np.nan, 1e6]
 
     def step(carry, batch):
         params, state = carry
@@ -329,7 +329,7 @@ def test_a_restart_sets_a_sum_of_squares_back_to_where_it_began(wrap):
     assert np.all(counts[restarts + 1] == 0)
     assert np.all(verdicts[restarts + 1] == lo.Verdict.REVERT)
     held = optax.tree.get(state, "num_micro_held")
-    assert held == np.sum(verdicts != lo.Verdict.ACCEPT)
+    assert held == np.sum(np.isin(verdicts, (lo.Verdict.SKIP, lo.Verdict.REVERT)))
     (nu,) = (x.nu for x in jax.tree.leaves(state, is_leaf=is_micro) if is_micro(x))
     assert np.all(nu < 1e4), "not one that the failed start has left"
 

@@ -29,7 +29,6 @@ def make_history():
         "damping": np.where(np.arange(NUM_STEPS) < 20, 1.0, 0.5),
         "scaled_error": error,
         "scaled_norm_error": 0.5 * error,
-        "scaled_drift": 0.0 * ones,
         "update_ratio/params/hidden/kernel": leaf,
         "update_ratio/params/out/kernel": 10.0 * leaf,
         "predicted_decrease/params/out/kernel": leaf * np.linspace(-1, 1, NUM_STEPS),

@@ -14,7 +14,7 @@ from lalerg_optax import Verdict
 
 TX = lo.error_regulate(optax.sgd(0.1), local=True)
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
-ACCEPT, SKIP, REVERT = map(int, Verdict)
+ACCEPT, SKIP, REVERT, BOUND = map(int, Verdict)
 
 
 @jax.jit
@@ -346,17 +346,24 @@ def test_each_regulator_of_a_partition_is_counted_by_itself():
         recorder.flush()
 
 
-@pytest.mark.parametrize(
-    ("signal", "cause"),
-    [
-        ("scaled_drift", "a slow rise of the loss (11 steps)"),
-        ("damping", "the learning rate: the search went back"),
-    ],
-)
-def test_a_revert_without_an_outlier_has_its_own_cause(signal, cause):
+def test_batches_that_are_bounded_are_no_interventions():
+    assert not told_of(verdicts_with(1000, np.arange(0, 1000, 3), BOUND))
+
+
+def test_bounded_batches_are_not_told_as_a_cause_of_skips():
+    verdicts = verdicts_with(600, np.arange(300, 312), SKIP)
+    verdicts[100:180] = BOUND
+    error, norm = np.zeros((2, 600))
+    error[100:180], norm[300:312] = 5.0, 5.0
+    (message,) = told_of(verdicts, scaled_error=error, scaled_norm_error=norm)
+    assert "the gradient norm (12 steps)" in message
+    assert "the loss" not in message
+
+
+def test_a_revert_without_an_outlier_has_its_own_cause():
     verdicts = verdicts_with(100, range(50, 62), REVERT)
-    (message,) = told_of(verdicts, **{signal: np.full(100, 2.0)})
-    assert message.endswith(f"look at {cause}.")
+    (message,) = told_of(verdicts, damping=np.full(100, 2.0))
+    assert message.endswith("look at the learning rate: the search went back.")
 
 
 def test_each_regulator_warns_of_its_own_signals_and_leaves():

@@ -22,10 +22,10 @@ SAVED = {  # number of steps taken, and what the last one was
     "at the start": (0, Verdict.ACCEPT),
     "when the search goes back": (7, Verdict.REVERT),
     "in the middle of a skip": (ALONE + 1, Verdict.SKIP),
-    "between skip and revert": (BURST + 1, Verdict.SKIP),
+    "between high losses": (BURST + 1, Verdict.BOUND),
     "in the middle of a revert": (BURST + 2, Verdict.REVERT),
     "just after a revert": (BURST + 3, Verdict.REVERT),
-    "during patience": (BURST + 7, Verdict.SKIP),
+    "in an episode of hard data": (BURST + 7, Verdict.BOUND),
 }
 
 
@@ -122,7 +122,7 @@ def test_a_resumed_run_is_the_one_that_went_on_bit_for_bit(
 
 
 def test_a_run_is_resumed_on_fewer_and_fewer_devices(tmp_path):
-    """From 8 to 4 in the middle of a revert, and from 4 to 1 during patience."""
+    """From 8 to 4 in the middle of a revert, and from 4 to 1 in an episode."""
     carries, told = run_on(8)
     carry, first = carries[BURST + 2], BURST + 2
     for num_devices, last in ((4, BURST + 7), (1, NUM_STEPS)):
