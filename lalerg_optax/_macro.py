@@ -95,22 +95,23 @@ def scale_by_macro_rate(
     largest :math:`c - 2 \sigma`. An alignment of exactly 0 (params have not moved at
     all) changes nothing, and lets the search leap.
 
-    ==========  ==========================  ====================================  ========
-    phase       audit                       rate                                  next
-    ==========  ==========================  ====================================  ========
-    START       good                        :math:`backoff^2`                     SEARCH
-    RESTARTED   good                        :math:`backoff^4`                     SEARCH
-    START,      bad                         :math:`backoff^4`                     the same
-    RESTARTED   unclear                     :math:`\sqrt{growth}`                 SEARCH
-    SEARCH      good                        :math:`growth^{\rho}`                 SEARCH
-    SEARCH      bad                         :math:`backoff`; :math:`backoff^2`    STEER
-                                            where :math:`c^*` is not known
-    SEARCH      unclear, or nothing gained  1; :math:`\sqrt{growth}` where        STEER
-                                            :math:`c^*` is not known              (SEARCH)
-    STEER       any                         :math:`slow\_growth^{w e}`            STEER
-    any         an update did harm          :math:`backoff`; :math:`backoff^4`    the same
-                                            in START, which becomes RESTARTED
-    ==========  ==========================  ====================================  ========
+    =========  =====================  ===============================  =========
+    phase      audit                  factor of the rate               next
+    =========  =====================  ===============================  =========
+    START      good                   :math:`backoff^2`                SEARCH
+    RESTARTED  good                   :math:`backoff^4`                SEARCH
+    both       bad                    :math:`backoff^4`                the same
+    both       unclear                :math:`\sqrt{growth}`            SEARCH
+    SEARCH     good                   :math:`growth^{\rho}`            SEARCH
+    SEARCH     bad                    :math:`backoff`                  STEER
+    SEARCH     bad, no best known     :math:`backoff^2`                STEER
+    SEARCH     unclear, no best       :math:`\sqrt{growth}`            SEARCH
+    SEARCH     unclear, or nothing    1                                STEER
+               is gained
+    STEER      any                    :math:`slow\_growth^{w e}`       STEER
+    both       an update did harm     :math:`backoff^4`                RESTARTED
+    others     an update did harm     :math:`backoff`                  the same
+    =========  =====================  ===============================  =========
 
     with :math:`\rho = c / \max(c^*, |c|)`. An audit is *good* where :math:`c - 2 \sigma
     > good\_alignment \cdot c^*`, *bad* where :math:`c + 2 \sigma` is not; or in SEARCH
@@ -119,7 +120,8 @@ def scale_by_macro_rate(
     first good audit. *Nothing is gained* where there was clear progress, and the loss
     fell clearly less than 1 % of what it would at the pace so far: where it is at its
     floor, there is nothing to be had from a higher rate. In STEER an alignment clearly
-    above half of the best opens the search again.
+    above half of the best is followed by a leap, as in SEARCH, while there is anything
+    to gain.
 
     **STEER.** With :math:`n` the steps since the last audit, :math:`t` all accepted
     steps so far, and :math:`b = 1` if the mean loss of these :math:`n` steps is the
@@ -237,7 +239,7 @@ def scale_by_macro_rate(
     ) -> tuple[optax.Updates, ScaleByMacroRateState]:
         del params, extra_args
         check_state_type("scale_by_macro_rate", state, ScaleByMacroRateState)
-        loss = as_loss(0.0 if value is None else value)
+        loss = jnp.zeros((), jnp.float32) if value is None else as_loss(value)
         is_open, updates = open_gate(updates, verdict, loss)
 
         last = unpack(MacroScalars, state.scalars)
@@ -249,6 +251,7 @@ def scale_by_macro_rate(
             last = last._replace(phase=phase)
             if is_harmful is not None:
                 last = choose(is_harmful, harm(last, audit, rule), last)
+            assert loss is not None
             taken = step(observe(last, loss), audit, rule, has_value=value is not None)
             known = choose(is_open, taken, last)
         known = known._replace(

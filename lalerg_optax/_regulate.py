@@ -156,8 +156,8 @@ def error_regulate(
     with :math:`k` = ``threshold``, :math:`\varphi` = ``progress_fraction`` and
     :math:`h` the largest log norm of a bounded step that did no harm. The windows are
     those before this step. A loss or norm that is not finite, or a norm whose square
-    overflows float32, has an infinite error, shown as 1e37. :math:`e_{loss}` is 0 until 16 values
-    are known; :math:`e_{norm}` is known from the second step on, with a floor of log 16
+    overflows float32, has an infinite error, shown as 1e37. :math:`e_{loss}` is 0 until
+    16 values are known; :math:`e_{norm}` is known from the second step on, with a floor of log 16
     instead of log 4 until there are 16 values. A loss that never was anything but
     constant (both :math:`s` and the progress are 0) has no error, because nothing tells
     its scale. A norm of 0 has no error and is not recorded. A step is *healthy* where
@@ -230,8 +230,8 @@ def error_regulate(
 
     **Audit**, if asked for: on the last four steps before the anchor is due, and from
     then on, every accepted step looks back at it with the fresh gradient,
-    :math:`c = \langle g, a - p \rangle / (|g| |a - p|)`. When the anchor moves, or after
-    8 looks where it is held, ``inner`` is told (extra argument ``audit``) the mean of
+    :math:`c = \langle g, a - p \rangle / (|g| |a - p|)`. When the anchor moves, or
+    after 8 looks where it is held, ``inner`` is told (extra argument ``audit``) the mean of
     these looks and its standard error, from the variance :math:`v` of a look (averaged
     over anchors, decay 0.75). The noisier the looks, the longer the way that they look
     back on: the 5 steps between anchors become :math:`5 \max(1, \min(16 v / c^2,
@@ -442,7 +442,9 @@ def error_regulate(
             jax.tree.map(admit, updates),
             state.inner_state,
             params,
-            value=None if value is None else jnp.where(is_open, seen.signals[0], avg_value),
+            value=None
+            if value is None
+            else jnp.where(is_open, seen.signals[0], avg_value),
             **extra_args,
         )
 

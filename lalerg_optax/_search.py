@@ -343,7 +343,7 @@ def step(
         rho = jnp.where(is_known, jnp.maximum(mean / scale, 0.0), rule.blind)
         rho = jnp.where(has_moved, rho, 1.0)
         is_unclear = has_moved & is_known & ~is_good & ~is_bad
-        is_found = (is_unclear | loss.is_flat) & (seen.phase == Phase.SEARCH)
+        is_found = (is_unclear | loss.is_flat) & (seen.phase == Phase.SEARCH) & ~is_bad
         is_steering = seen.phase == Phase.STEER
         is_reopened = is_steering & is_known & (mean - error > 0.5 * best)
         is_reopened &= loss.is_gaining

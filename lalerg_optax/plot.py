@@ -48,8 +48,8 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
     """Draws what happened in a run, and why.
 
     Three panels over the steps: the loss with a mark at each step that was bounded,
-    skipped or reverted; the factors of the learning rate (``macro_rate``, ``damping`` and their
-    product); and the errors in units of what is tolerated, with the threshold at 1.
+    skipped or reverted; the factors of the learning rate (``macro_rate``, ``damping``
+    and their product); and the errors in units of what is tolerated, with the threshold at 1.
     Errors beyond 10 are drawn as triangles at the top.
 
     Args:

@@ -262,9 +262,7 @@ def test_flax_train_state_by_itself_carries_the_loss():
         return state, lo.metrics(state.opt_state)["verdict"]
 
     state, verdicts = jax.jit(functools.partial(jax.lax.scan, step))(state, rows)
-    assert_faults_were_survived(
-        state.params.params, verdicts.tolist(), has_value=True
-    )
+    assert_faults_were_survived(state.params.params, verdicts.tolist(), has_value=True)
 
 
 # ---- all of them ---------------------------------------------------------------------

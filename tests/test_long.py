@@ -76,7 +76,9 @@ def test_a_million_steps_with_faults_end_where_they_should(search):
     assert jnp.max(jnp.abs(params)) < 0.3
     rejected = report["num_skipped"] + report["num_reverted"]
     assert report["num_accepted"] + rejected == NUM_STEPS
-    assert 0.9 * num_faults < rejected < 1.2 * num_faults
+    # a high loss is bounded, and so is nearly every norm that is odd
+    assert 0.9 * num_faults < rejected + report["num_bounded"] < 1.2 * num_faults
+    assert rejected > 0.4 * num_faults
     (micro,) = find_states(state, lo.ScaleByMicroRateState).values()
     assert micro.micro_count == report["num_accepted"]
     assert micro.num_micro_held == report["num_macro_held"] == rejected

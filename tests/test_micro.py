@@ -315,7 +315,7 @@ def test_as_micro_of_lalerg_it_is_the_one_that_lalerg_has(learning_rate):
     own = noisy_square(lo.lalerg(learning_rate))
     given = noisy_square(lo.lalerg(learning_rate, micro=lo.scale_by_micro_rate()))
     jax.tree.map(np.testing.assert_array_equal, given, own)
-    assert set(own[2][1].tolist()) == {0, 1, 2}
+    assert set(own[2][1].tolist()) >= {0, 1, 2}
 
 
 @pytest.mark.parametrize("wrap", [lambda micro: micro, lambda m: optax.chain(m)])

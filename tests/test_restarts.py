@@ -20,12 +20,12 @@ TX = lo.lalerg(1.0)
 NUM_STEPS, NUM_RESUMED = 84, 10
 SAVED = {  # number of steps taken, and what the last one was
     "at the start": (0, Verdict.ACCEPT),
-    "when the search goes back": (7, Verdict.REVERT),
+    "when the search goes back": (4, Verdict.REVERT),
     "in the middle of a skip": (ALONE + 1, Verdict.SKIP),
     "between high losses": (BURST + 1, Verdict.BOUND),
     "in the middle of a revert": (BURST + 2, Verdict.REVERT),
     "just after a revert": (BURST + 3, Verdict.REVERT),
-    "in an episode of hard data": (BURST + 7, Verdict.BOUND),
+    "in an episode of hard data": (BURST + 5, Verdict.BOUND),
 }
 
 
@@ -125,7 +125,7 @@ def test_a_run_is_resumed_on_fewer_and_fewer_devices(tmp_path):
     """From 8 to 4 in the middle of a revert, and from 4 to 1 in an episode."""
     carries, told = run_on(8)
     carry, first = carries[BURST + 2], BURST + 2
-    for num_devices, last in ((4, BURST + 7), (1, NUM_STEPS)):
+    for num_devices, last in ((4, BURST + 5), (1, NUM_STEPS)):
         restored = through_checkpoint(carry, tmp_path / str(num_devices), num_devices)
         assert_same_bits(restored, carry)
         for leaf in jax.tree.leaves(restored):
