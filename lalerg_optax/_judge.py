@@ -104,6 +104,7 @@ class RegulatorScalars(NamedTuple):
       scaled_error: rise of the loss above its median; 1 is tolerated, float32.
       scaled_norm_error: rise of the log gradient norm, likewise, float32.
       avg_value: exponential average of the accepted losses, float32.
+      num_averaged: number of losses in that, up to 20, float32.
       damping: factor of the updates, in [2^-10, 1], float32.
       num_well: steps accepted since an update did harm, up to 2^20, float32.
       skips_left: steps whose norm alone is odd that may still be skipped, float32.
@@ -136,6 +137,7 @@ class RegulatorScalars(NamedTuple):
     scaled_error: Any = 0.0
     scaled_norm_error: Any = 0.0
     avg_value: Any = 0.0
+    num_averaged: Any = 0.0
     damping: Any = 1.0
     num_well: Any = 0.0
     skips_left: Any = JudgeRule().num_skips
@@ -469,11 +471,13 @@ def learn(
 
     # an average weighs its first values alike, and starts anew with the windows
     loss = seen.signals[0]
-    num_averaged = jnp.where(decision.is_new_level, 0, history.num_values[0])
+    num_averaged = jnp.where(decision.is_new_level, 0.0, last.num_averaged)
     weight = jnp.maximum(1.0 - rule.avg_decay, 1.0 / (num_averaged + 1.0))
     moved = jnp.where(
-        num_averaged == 0, loss, last.avg_value + weight * (loss - last.avg_value)
+        num_averaged == 0.0, loss, last.avg_value + weight * (loss - last.avg_value)
     )
+    is_averaged = verdict == Verdict.ACCEPT
+    num_averaged = jnp.minimum(num_averaged + is_averaged, 1.0 / (1.0 - rule.avg_decay))
 
     # n steps after the last harm, (n / recovery_steps)^2 cuts are made good
     num_well = jnp.where(is_applied, last.num_well + 1.0, last.num_well)
@@ -529,7 +533,8 @@ def learn(
             grad_norm=jnp.nan_to_num(grad_norm, nan=LARGEST, posinf=LARGEST),
             scaled_error=seen.error,
             scaled_norm_error=seen.norm_error,
-            avg_value=jnp.where(verdict == Verdict.ACCEPT, moved, last.avg_value),
+            avg_value=jnp.where(is_averaged, moved, last.avg_value),
+            num_averaged=jnp.where(look.is_failed, 0.0, num_averaged),
             damping=jnp.where(decision.is_harmful & is_started, cut, recovered),
             num_well=jnp.where(decision.is_harmful, 0.0, jnp.minimum(num_well, _MANY)),
             skips_left=skips_left,

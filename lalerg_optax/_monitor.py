@@ -15,6 +15,7 @@ from ._micro import ScaleByMicroRateState
 from ._regulate import ErrorRegulateState
 
 _INTERNAL = (
+    "num_averaged",
     "ceiling",
     "ceiling_in_doubt",
     "doubt",

@@ -157,8 +157,9 @@ def error_regulate(
     :math:`h` the largest log norm of a bounded step that did no harm. The windows are
     those before this step. A loss or norm that is not finite, or a norm whose square
     overflows float32, has an infinite error, shown as 1e37. :math:`e_{loss}` is 0 until
-    16 values are known; :math:`e_{norm}` is known from the second step on, with a floor of log 16
-    instead of log 4 until there are 16 values. A loss that never was anything but
+    16 values are known; :math:`e_{norm}` is known from the second step on, with a floor
+    of log 16 instead of log 4 until there are 16 values. A loss that never was
+    anything but
     constant (both :math:`s` and the progress are 0) has no error, because nothing tells
     its scale. A norm of 0 has no error and is not recorded. A step is *healthy* where
     both errors are below 1/2.
@@ -231,8 +232,9 @@ def error_regulate(
     **Audit**, if asked for: on the last four steps before the anchor is due, and from
     then on, every accepted step looks back at it with the fresh gradient,
     :math:`c = \langle g, a - p \rangle / (|g| |a - p|)`. When the anchor moves, or
-    after 8 looks where it is held, ``inner`` is told (extra argument ``audit``) the mean of
-    these looks and its standard error, from the variance :math:`v` of a look (averaged
+    after 8 looks where it is held, ``inner`` is told (extra argument ``audit``) the
+    mean of these looks and its standard error, from the variance :math:`v` of a look
+    (averaged
     over anchors, decay 0.75). The noisier the looks, the longer the way that they look
     back on: the 5 steps between anchors become :math:`5 \max(1, \min(16 v / c^2,
     10^6))`, still at most ``anchor_every``, with the :math:`c` told last. The first
@@ -427,7 +429,8 @@ def error_regulate(
 
         extra_args |= {  # not those of an outer regulator
             "verdict": verdict,
-            "is_harmful": decision.is_harmful,
+            # what was not finite alone says nothing of a rate that did well
+            "is_harmful": decision.is_harmful & ((last.peak_doubt > 0.0) | ~is_started),
             "audit": Audit(
                 is_taken=look.is_taken,
                 alignment=look.alignment,

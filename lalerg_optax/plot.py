@@ -49,8 +49,8 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
 
     Three panels over the steps: the loss with a mark at each step that was bounded,
     skipped or reverted; the factors of the learning rate (``macro_rate``, ``damping``
-    and their product); and the errors in units of what is tolerated, with the threshold at 1.
-    Errors beyond 10 are drawn as triangles at the top.
+    and their product); and the errors in units of what is tolerated, with the threshold
+    at 1. Errors beyond 10 are drawn as triangles at the top.
 
     Args:
       history: what ``Recorder.history`` returns, or any dict with arrays of `metrics`.

@@ -445,6 +445,7 @@ class ErrorRegulate:
         self.events = set()  # not in the package: what the tests count
         self.scaled_error = self.scaled_norm_error = self.grad_norm = 0.0
         self.avg_value = 0.0
+        self.num_averaged = 0
         self.damping = 1.0
         self.num_well = 0
         self.num_accepted = self.num_bounded = 0
@@ -544,6 +545,7 @@ class ErrorRegulate:
         self.is_new_revert = self.is_harmful = self.is_new_level = False
         self.is_over = False  # whether nothing is in doubt any more
         self.last_doubt = self.doubt
+        self.has_taken = self.peak_doubt > 0.0
         if self.conduct == RESTORING:
             self.verdict, self.conduct = REVERT, TRIAL
             return
@@ -699,8 +701,9 @@ class ErrorRegulate:
         is_applied = self.verdict in (ACCEPT, BOUND)
 
         if self.verdict == ACCEPT:
-            known = 0 if self.is_new_level else len(self.loss_history.values)
+            known = 0 if self.is_new_level else self.num_averaged
             weight = max(0.05, 1.0 / (known + 1))
+            self.num_averaged = known + 1
             self.avg_value += weight * (self.loss - self.avg_value)
 
         # n steps after the last harm, (n / recovery_steps)^2 cuts are made good
@@ -710,6 +713,8 @@ class ErrorRegulate:
             self.num_well += 1
             made_good = (self.num_well / self.recovery_steps) ** 2 - before
             self.damping = min(self.damping * self.backoff_factor**-made_good, 1.0)
+        if self.is_failed:
+            self.num_averaged = 0
         if self.is_harmful:
             self.num_harmful += 1
             self.num_well = 0
@@ -796,9 +801,8 @@ class ErrorRegulate:
             value = self.avg_value if self.has_value else None
         if self.inner is None:
             return grads
-        return self.inner.update(
-            grads, params, value, self.verdict, audit, self.is_harmful
-        )
+        is_harmful = self.is_harmful and (self.has_taken or not self.is_started)
+        return self.inner.update(grads, params, value, self.verdict, audit, is_harmful)
 
 
 def lalerg(

@@ -52,9 +52,11 @@ def test_verdicts_are_marked_at_their_steps_on_the_loss():
     np.testing.assert_array_equal(reverted.get_ydata(), history["loss"][20:22])
     assert 10.0 < skipped.get_ydata()[0] < axes.get_ylim()[1], "near the top"
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[0].endswith("(1)")
-    assert labels[1].endswith("(2)")
-    assert labels[2] == "at the top: not finite (1)"
+    counts = {text.split(":")[0].split()[0]: text for text in labels}
+    assert counts["bounded"].endswith("(0)")
+    assert counts["skipped"].endswith("(1)")
+    assert counts["reverted"].endswith("(2)")
+    assert labels[-1] == "at the top: not finite (1)"
 
 
 def test_rates_are_drawn_with_their_product():

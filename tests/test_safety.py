@@ -327,10 +327,6 @@ def test_an_infinite_first_loss_does_not_blind_the_judge(bad):
     assert after_norm.verdict == Verdict.SKIP
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the second step of a revert is counted in the window, not in the average",
-)
 def test_an_average_that_starts_anew_forgets_how_large_the_old_one_was():
     tx = lo.error_regulate(optax.sgd(1e-4), audit=True)
     params = jnp.ones(4)

@@ -765,14 +765,7 @@ def bowl(tx, num_steps, spoil=lambda t, loss, grad: (loss, grad), size=20):
 @pytest.mark.parametrize(
     "search",
     [
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="each harm halves the rate, and where the loss is at its floor "
-                "STEER does not find it again: 19 harms, a hundred-thousandth",
-            ),
-        ),
+        True,
         False,
     ],
 )
