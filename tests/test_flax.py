@@ -87,14 +87,14 @@ def test_nnx_optimizer_trains_as_it_is(name, batch):
 @all_optimizers
 def test_nan_batch_leaves_the_params_of_an_nnx_model_bit_identical(name, batch):
     model, optimizer = nnx_model_and_optimizer(name)
-    for _ in range(3):
+    for _ in range(8):  # the first ones may be taken back
         nnx_step(model, optimizer, batch)
     before = nnx_params(model)
     loss, report = nnx_step(model, optimizer, poisoned(batch))
     assert jnp.isnan(loss)
     assert report["verdict"] == Verdict.SKIP
     chex.assert_trees_all_equal(nnx_params(model), before)
-    assert optimizer.step[...] == 4
+    assert optimizer.step[...] == 9
 
 
 @nnx.jit
