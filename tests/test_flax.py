@@ -200,7 +200,7 @@ def test_train_state_hands_the_loss_on(batch):
 @all_optimizers
 def test_nan_batch_leaves_the_params_of_a_linen_model_bit_identical(name, batch):
     state = linen_state(OPTIMIZERS[name]())
-    for _ in range(3):
+    for _ in range(8):  # the first ones may be taken back
         _, state = linen_step(state, batch)
     loss, after = linen_step(state, poisoned(batch))
     assert jnp.isnan(loss)
