@@ -52,7 +52,7 @@ def under_way(
     return ScaleByMacroRateState(
         pack(
             known._replace(
-                phase=jnp.int32(Phase.STEER),
+                phase=int(Phase.STEER),
                 best_alignment=1.0,
                 num_macro_steps=num_steps,
             )
@@ -220,7 +220,7 @@ def scale_by_macro_rate(
         audit_every=audit_every,
     )
     # without a search there is nothing to find
-    unsearched = MacroScalars(phase=jnp.int32(Phase.STEER))
+    unsearched = MacroScalars(phase=int(Phase.STEER))
 
     def init_fn(params: optax.Params) -> ScaleByMacroRateState:
         del params

@@ -425,7 +425,8 @@ def error_regulate(
         is_open = is_applied(verdict)
 
         def admit(g: jax.Array) -> jax.Array:
-            return jnp.where(is_open, (scale * g).astype(g.dtype), 0).astype(g.dtype)
+            # in that order, and in one dtype: XLA stores what is rounded in between
+            return scale.astype(g.dtype) * jnp.where(is_open, g, 0).astype(g.dtype)
 
         extra_args |= {  # not those of an outer regulator
             "verdict": verdict,

@@ -1,6 +1,7 @@
 """Search: the rate for all parameters, as a table of phases. Scalars only."""
 
 import enum
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -130,7 +131,7 @@ class MacroScalars(NamedTuple):
 def observe(state: MacroScalars, loss: jax.Array) -> MacroScalars:
     """Adds a loss to the window (Welford's sums)."""
     loss = jnp.clip(loss, -LARGEST_LOSS, LARGEST_LOSS)
-    count = state.window_count + 1
+    count = count_if(jnp.ones((), jnp.bool_), state.window_count)
     mean = state.window_mean + (loss - state.window_mean) / count
     square = (loss - state.window_mean) * (loss - mean)
     return state._replace(
@@ -178,12 +179,14 @@ def _compare(state: MacroScalars, rule: SearchRule, has_value: bool) -> _Loss:
     best_progress = state.first_window_mean - state.best_window_mean
     least = rule.least_gain * pace * (state.first_window_mean - state.window_mean)
     is_clear = ~is_first & (best_progress > 2.0 * margin) & has_value
+    # at the floor the losses differ by less than they did on the way
+    close = rule.standard_errors * jnp.sqrt(2.0 * _variance_of_mean(state))
     return _Loss(
         is_best=(is_first | (rise < 0.0)) & has_value,
         is_worse=is_worse,
         is_undone=is_worse & is_clear & (2.0 * rise > best_progress),
         is_gaining=is_first | (-rise > least),
-        is_flat=is_clear & (margin - rise < least),
+        is_flat=is_clear & (jnp.minimum(margin, close) - rise < least),
     )
 
 
@@ -223,8 +226,15 @@ def choose(pred: jax.Array, new: MacroScalars, old: MacroScalars) -> MacroScalar
     return jax.tree.map(lambda n, o: jnp.where(pred, n, o), new, old)
 
 
-def _scaled(state: MacroScalars, factor: jax.Array, rule: SearchRule) -> MacroScalars:
-    rate = jnp.clip(state.macro_rate * factor, 1.0 / rule.max_rate, rule.max_rate)
+def _log2(factor: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.log2(jnp.asarray(factor, jnp.float32))
+
+
+def _scaled(state: MacroScalars, octaves: jax.Array, rule: SearchRule) -> MacroScalars:
+    """Multiplies the rate by 2 to that power: an exact one of whole numbers."""
+    rate = jnp.clip(
+        state.macro_rate * jnp.power(2.0, octaves), 1.0 / rule.max_rate, rule.max_rate
+    )
     return state._replace(macro_rate=rate)
 
 
@@ -235,30 +245,31 @@ def _leap(
     is_bad: jax.Array,
     is_found: jax.Array,
     rule: SearchRule,
-) -> MacroScalars:
-    """START, RESTARTED, SEARCH: leaps, until one was too far."""
+) -> tuple[jax.Array, MacroScalars]:
+    """START, RESTARTED, SEARCH: leaps, in octaves, until one was too far."""
     is_begun = state.phase >= Phase.SEARCH
     is_first = is_good & ~is_begun & ~is_found
     depth = jnp.where(is_first & (state.phase == Phase.START), rule.first, rule.deep)
     is_known = state.best_alignment > 0.0
     depth = jnp.where(is_bad & is_begun, jnp.where(is_known, 1.0, rule.first), depth)
-    factor = jnp.where(
-        is_bad | is_first, rule.backoff_factor**depth, rule.growth_factor**rho
+    octaves = jnp.where(
+        is_bad | is_first,
+        depth * _log2(rule.backoff_factor),
+        rho * _log2(rule.growth_factor),
     )
-    state = _scaled(state, jnp.where(is_found, 1.0, factor), rule)
     is_ended = (is_bad & is_begun & (state.best_alignment > 0.0)) | is_found
     is_ended |= is_bad & (state.phase == Phase.SEARCH)
     phase = jnp.where(is_bad | is_begun, state.phase, Phase.SEARCH)
     # what a good alignment is, is learnt from down there
-    return state._replace(
+    return jnp.where(is_found, 0.0, octaves), state._replace(
         phase=jnp.where(is_ended, Phase.STEER, phase).astype(jnp.int32),
         num_audits=jnp.where(is_first, 0, state.num_audits),
         best_alignment=jnp.where(is_first, 0.0, state.best_alignment),
     )
 
 
-def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> MacroScalars:
-    """STEER: small steps, by the loss and by where the slope leads."""
+def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> jax.Array:
+    """STEER: small steps in octaves, by the loss and by where the slope leads."""
     best = jnp.maximum(state.best_alignment, jnp.abs(state.avg_alignment))
     rho = jnp.where(best > 0.0, state.avg_alignment / jnp.maximum(best, 1e-30), 0.0)
     is_blind = state.num_audits == 0  # the loss is all that is known
@@ -270,7 +281,7 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> MacroScalars:
     )
     error = rule.standard_errors * jnp.sqrt(state.alignment_noise)
     is_beyond = state.avg_alignment + error < -state.best_alignment
-    may_fall = True if rule.anneal else loss.is_worse | is_beyond
+    may_fall = jnp.asarray(rule.anneal) | loss.is_worse | is_beyond
     bold = jnp.maximum(bold, jnp.where(may_fall, -1.0, 0.0))
     # Where the noise of a loss is as large as all progress, a window of them tells
     # little, and a lower rate is worth more. What is left is where the slope leads.
@@ -282,18 +293,22 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> MacroScalars:
     power = trust * jnp.minimum(bold, rule.boldest) + (1.0 - trust) * careful
     share = state.window_count / jnp.maximum(state.num_macro_steps, 1)
     weight = jnp.minimum(share / rule.share, 1.0)
-    factor = rule.slow_growth_factor ** (weight * power)
-    return _scaled(state, jnp.where(loss.is_undone, rule.backoff_factor, factor), rule)
+    return jnp.where(
+        loss.is_undone,
+        _log2(rule.backoff_factor),
+        weight * power * _log2(rule.slow_growth_factor),
+    )
 
 
+@functools.partial(jax.jit, inline=True)
 def harm(state: MacroScalars, audit: Audit | None, rule: SearchRule) -> MacroScalars:
     """An update did harm: the rate is cut, and deep before any audit was good."""
     is_begun = state.phase >= Phase.SEARCH
-    factor = rule.backoff_factor ** jnp.where(is_begun, 1.0, rule.deep)
+    octaves = jnp.where(is_begun, 1.0, rule.deep) * _log2(rule.backoff_factor)
     if audit is not None:  # a start that went too far is told by how much
-        nearer = rule.first_reach / jnp.maximum(audit.reach, rule.first_reach)
-        factor = jnp.where(is_begun, factor, jnp.minimum(factor, nearer))
-    cut = _scaled(_start_window(state), factor, rule)
+        nearer = _log2(rule.first_reach / jnp.maximum(audit.reach, rule.first_reach))
+        octaves = jnp.where(is_begun, octaves, jnp.minimum(octaves, nearer))
+    cut = _scaled(_start_window(state), octaves, rule)
     phase = jnp.where(is_begun, state.phase, Phase.RESTARTED)
     return cut._replace(phase=phase.astype(jnp.int32))
 
@@ -310,6 +325,8 @@ def _blind_audit(
     return rho, is_known & (rise < -margin), is_known & (rise > margin)
 
 
+# jit: outside of a jitted step, every operation would be dispatched by itself
+@functools.partial(jax.jit, static_argnames="has_value", inline=True)
 def step(
     seen: MacroScalars,
     audit: Audit | None,
@@ -347,12 +364,10 @@ def step(
         is_steering = seen.phase == Phase.STEER
         is_reopened = is_steering & is_known & (mean - error > 0.5 * best)
         is_reopened &= loss.is_gaining
-    steered = _steer(audited, loss, rule)
-    moved = choose(
-        (seen.phase == Phase.STEER) & ~is_reopened,
-        steered,
-        _leap(audited, rho, is_good, is_bad, is_found, rule),
-    )
+    leap, leapt = _leap(audited, rho, is_good, is_bad, is_found, rule)
+    is_steered = (seen.phase == Phase.STEER) & ~is_reopened
+    octaves = jnp.where(is_steered, _steer(audited, loss, rule), leap)
+    moved = _scaled(choose(is_steered, audited, leapt), octaves, rule)
     is_new = loss.is_best | (seen.num_windows == 0)
     variance = _variance_of_mean(seen)
     spread = variance * seen.window_count

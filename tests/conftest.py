@@ -1,11 +1,23 @@
-"""Eight CPU devices for all tests; rank promotion is an error; the same examples."""
+"""Eight CPU devices for all tests; rank promotion is an error; the same examples.
 
+Programs are compiled once for all workers and the processes that tests start.
+"""
+
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+if CACHE not in os.environ:
+    os.environ[CACHE] = tempfile.mkdtemp()  # workers inherit it
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
 
 import jax
 import pytest

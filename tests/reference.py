@@ -210,7 +210,7 @@ class MacroRate:
     def compare(self):
         """Sets how the window compares with those before it."""
         count = len(self.window)
-        mean, _ = self.mean_and_variance()
+        mean, variance = self.mean_and_variance()
         is_first = self.num_windows == 0
         rise = mean - self.best_window_mean
         margin = 2.0 * math.sqrt(2.0 * self.loss_variance / count)
@@ -222,7 +222,8 @@ class MacroRate:
         self.is_worse = self.has_value and not is_first and rise > margin
         self.is_undone = self.is_worse and is_clear and 2.0 * rise > progress
         self.is_gaining = is_first or -rise > least
-        self.is_flat = is_clear and margin - rise < least
+        close = min(margin, 2.0 * math.sqrt(2.0 * variance))
+        self.is_flat = is_clear and close - rise < least
 
     def finish(self):
         """Remembers the window, and starts another one."""

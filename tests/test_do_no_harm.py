@@ -218,6 +218,7 @@ EXTRA_ARGS = {
 }
 TOLERANCE = {  # they multiply rounding up
     "mechanize": 1e-3,
+    "dadapt_adamw": 5e-4,
     "prodigy": 5e-4,  # one last place of the gradients by 2e-5, this one by 4e-5
 }
 

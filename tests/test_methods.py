@@ -192,7 +192,8 @@ def test_with_faults_it_lives_and_ends_nearly_as_low(task, name, form, rate):
     drop = without.start_loss - without.loss
     assert protected.loss <= without.loss + WORSE_WITH_FAULTS * drop
     assert protected.num_skipped >= 2
-    assert protected.num_reverted >= 2
+    # all of the steps uphill are skipped, or it is gone back
+    assert protected.num_reverted >= 2 or protected.num_skipped > LENGTH
 
 
 def test_gradients_of_embeddings_are_mostly_zero():

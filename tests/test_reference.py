@@ -235,7 +235,7 @@ def faulty_batches(seed, has_value):
     if has_value:
         scale[t:] = 1e6
     else:
-        factor[t:] = 1e16
+        factor[t:] = 1e14
     t = about(222)  # in the midst of it, steps that do not count
     factor[t : t + 4] = np.inf
     batches = (inputs, targets, added, scale, factor)
