@@ -42,10 +42,15 @@ class JudgeRule(NamedTuple):
       suspect: evidence at which the anchor is held.
       widening: of the tolerance, by each 5 % of a window that are alarms; chosen on the
         regression of ``benchmarks/faults.py``.
+      longer: doubt that is taken for harmless from then on, in units of that of an
+        update that did harm.
+      apart: steps between two updates that did harm, for that to be another time.
+      growth: of the logarithm of the bound, where a bounded gradient did no harm.
       num_skips: steps whose norm alone is odd that may be skipped, at first.
       skip_memory: accepted steps after which there may be another one.
       avg_decay: decay of the average loss.
       healthy: errors below this are fit to be gone back to.
+      fall: to which share of what it was an error falls when hard data end.
       min_damping: lower bound of the damping.
       noise_steps: by how much that is longer, for each variance of a look in units of
         the squared alignment.
@@ -66,10 +71,14 @@ class JudgeRule(NamedTuple):
     least_doubt: float = 1.25
     suspect: float = 0.5
     widening: float = 1.5
+    longer: float = 16.0
+    apart: float = 16.0
+    growth: float = math.log(1.25)
     num_skips: float = 5.0
     skip_memory: float = 2.0**14
     avg_decay: float = 0.95
     healthy: float = 0.5
+    fall: float = 1.0 / 16.0
     min_damping: float = 2.0**-10
     noise_steps: float = 16.0
     min_anchor_every: int = 5
@@ -108,8 +117,9 @@ class RegulatorScalars(NamedTuple):
       damping: factor of the updates, in [2^-10, 1], float32.
       num_well: steps accepted since an update did harm, up to 2^20, float32.
       skips_left: steps whose norm alone is odd that may still be skipped, float32.
-      ceiling: logarithm of the largest norm that did no harm, float32.
-      ceiling_in_doubt: of the largest norm since the losses are high, float32.
+      ceiling: logarithm of the largest norm that did no harm or, where it was bounded,
+        of twice the bound, float32.
+      ceiling_in_doubt: the same of the steps since the losses are high, float32.
       doubt: evidence against the params, float32.
       peak_doubt: the most of it since it was 0 that usable losses made, float32.
       harmless_doubt: the most of it that subsided by itself, or that was the same at
@@ -204,6 +214,7 @@ class Assessment(NamedTuple):
         where no more may be skipped for it, bool.
       is_odd: whether the norm is and the loss is not, bool.
       is_healthy: whether all errors are far below what is tolerated, bool.
+      is_undone: whether half of the progress is; without a loss, `is_high`, bool.
       error: rise of the loss in units of what is tolerated, float32.
       norm_error: rise of the log norm likewise, float32.
       log_norm: logarithm of the norm, NaN for a norm of 0 or NaN, float32.
@@ -217,6 +228,7 @@ class Assessment(NamedTuple):
     is_high: jax.Array
     is_odd: jax.Array
     is_healthy: jax.Array
+    is_undone: jax.Array
     error: jax.Array
     norm_error: jax.Array
     log_norm: jax.Array
@@ -320,18 +332,24 @@ def assess(
     share = jnp.minimum(rule.widening * Z95 / rule.threshold, 1.0)
     alarms = jnp.minimum(medians + share * tolerances, LARGEST)
     recorded = jnp.where(known & (rises > 1.0), alarms, jnp.minimum(signals, LARGEST))
-    # Nor does a signal that cannot be judged yet, while the other one objects.
+    # Nor does a signal that cannot be judged yet, while the other one objects. In an
+    # episode the windows wait: what comes after is to be as it was before.
     is_recorded = jnp.isfinite(signals) & (known | ~(is_high | is_odd))
+    is_recorded &= last.conduct != Conduct.EPISODE
     if value is None:
         is_recorded &= lanes([0.0, 1.0]) > 0.0
     norm_is_known = (history.num_values[1] > 0) & norm_is_judged
-    floor = jnp.where(is_high, rule.bound_floor, rule.norm_floor)
+    # What holds at the anchor, too, is hard: there the bound gives way step by step.
+    is_hard = (last.conduct == Conduct.EPISODE) & is_high
+    tried = jnp.where(is_hard, last.ceiling_in_doubt - medians[1], 0.0)
+    floor = jnp.maximum(jnp.where(is_high, rule.bound_floor, rule.norm_floor), tried)
     limit = medians[1] + jnp.maximum(tolerances[1], floor)
     return Assessment(
         is_usable=is_usable,
         is_high=is_high,
         is_odd=is_odd,
         is_healthy=jnp.maximum(error, norm_error) < rule.healthy,
+        is_undone=is_high if value is None else ~(loss - medians[0] <= 0.5 * progress),
         error=error,
         norm_error=norm_error,
         log_norm=log_norm,
@@ -364,30 +382,37 @@ def decide(
     doubt = jnp.maximum(last.doubt + rise, 0.0)
     # What was harmless before is all that tells how long hard data can last.
     usual = 2.0 * last.harmless_doubt + (1.0 - rule.slack)
-    most = rule.patience * (1.0 - rule.slack)
+    most = 2.0 * rule.patience * (1.0 - rule.slack)
     needed = jnp.maximum(jnp.minimum(usual, most), rule.least_doubt)
     needed = jnp.where(seen.is_usable, needed, rule.least_doubt)
 
     is_before = conduct <= Conduct.SUSPECT
-    is_trial = is_before & (doubt >= needed)
+    is_due = is_before & (doubt >= needed)
+    # Where as much was harmless before, and half of the progress is still there, it is
+    # the new level.
+    is_settled = is_due & (doubt >= most) & ~seen.is_undone & seen.is_usable
+    is_trial = is_due & ~is_settled
     is_fine = seen.is_usable & (error < rule.healthy)
     # At the anchor there are two looks, one after each step of the way back. If what
     # they show would go on to be evidence, it is the data.
     before = last.scaled_error if has_value else last.scaled_norm_error
     looks = 0.5 * (jnp.clip(before, -1.0, 1.0) + jnp.clip(error, -1.0, 1.0))
     is_fine &= (conduct != Conduct.TRIAL) | (looks < rule.slack)
-    # A burst of hard data that is over is undone at its first time, for it may have
-    # been poison. The next one as long will not even be gone back for.
+    # A burst of hard data that ends at once is undone at its first time, for it may
+    # have been poison. The next one as long will not even be gone back for. Where the
+    # loss comes down by and by, hard data have been learnt.
     is_episode = conduct == Conduct.EPISODE
     has_taken = last.peak_doubt > 0.0
-    is_rewind = is_episode & is_fine & has_taken
+    least = jnp.maximum(rule.fall * before, rule.healthy)
+    has_ended = seen.is_usable & (before > 1.0) & (error < least)
+    is_rewind = is_episode & has_ended & has_taken & (doubt >= usual)
     # One that lasts is gone back for once more, in case it is what it did to the params
     # that lasts.
     is_long = last.num_hard >= rule.patience
-    is_last = is_long & (last.num_hard < rule.patience + 1)
-    is_trial |= is_episode & ~is_fine & is_last & has_taken
+    is_last = is_long & (last.num_hard < rule.patience + 1) & seen.is_undone
+    is_trial |= is_episode & is_last & ~is_fine & has_taken
     is_tested = (conduct == Conduct.TRIAL) | (is_episode & ~is_last)
-    is_new_level = is_tested & is_long & ~is_fine & seen.is_usable
+    is_new_level = is_tested & is_long & ~is_fine & seen.is_usable | is_settled
     is_new_revert = is_trial | is_rewind
     is_pending = (conduct == Conduct.RESTORING) | (conduct == Conduct.REWINDING)
     is_reverted = is_new_revert | is_pending
@@ -405,6 +430,7 @@ def decide(
         ),
     )
     is_suspect = (doubt > rule.suspect) | ((conduct == Conduct.SUSPECT) & (doubt > 0.0))
+    is_suspect &= ~is_settled
     now = jnp.where(is_suspect, Conduct.SUSPECT, Conduct.HEALTHY)
     is_hard = ~is_fine & ~is_new_level
     now = jnp.where(
@@ -512,15 +538,26 @@ def learn(
         ),
     )
     harmless = jnp.maximum(last.peak_doubt, decision.is_new_level * LARGEST)
-    harmless_doubt = jnp.where(
-        is_harmless,
-        jnp.maximum(last.harmless_doubt, harmless),
+    # What did harm again and again may be rare, and what it does may pass: the next
+    # time that is awaited for longer. The anchor is held, so that it costs little.
+    is_again = (last.num_harmful > 0) & (last.num_well >= rule.apart)
+    longer = jnp.where(is_again, rule.longer * last.peak_doubt, 0.0)
+    # what is the same at the anchor was no harm so far
+    is_hard = (last.conduct == Conduct.TRIAL) & (decision.conduct == Conduct.EPISODE)
+    harmless_doubt = jnp.maximum(
         last.harmless_doubt,
+        jnp.where(
+            is_harmless | is_hard,
+            harmless,
+            jnp.where(decision.is_harmful & is_over, longer, 0.0),
+        ),
     )
     is_tried = is_bounded & jnp.isfinite(seen.log_norm)
-    tried = jnp.where(is_tried, jnp.minimum(seen.log_norm, seen.log_limit), -LARGEST)
+    most = seen.log_limit + rule.growth
+    tried = jnp.where(is_tried, jnp.minimum(seen.log_norm, most), -LARGEST)
+    is_borne = is_harmless & ~decision.is_new_revert
     ceiling = jnp.where(
-        is_harmless, jnp.maximum(last.ceiling, last.ceiling_in_doubt), last.ceiling
+        is_borne, jnp.maximum(last.ceiling, last.ceiling_in_doubt), last.ceiling
     )
     ceiling_in_doubt = jnp.maximum(
         jnp.where(is_over | is_reverted, -LARGEST, last.ceiling_in_doubt), tried

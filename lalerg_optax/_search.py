@@ -37,7 +37,6 @@ class SearchRule(NamedTuple):
       blind: share of a leap to dare where the alignment is not known.
       target: alignment, in units of its best, that is steered for where losses are
         noisy.
-      slope: by how much an alignment above or below that moves the rate.
       noise: deviation of a loss, in units of the progress so far, at which half of the
         steering is that.
       least_gain: what a window has to gain, in units of the progress that was made at
@@ -61,7 +60,6 @@ class SearchRule(NamedTuple):
     boldest: float = 2.0
     blind: float = 0.5
     target: float = 0.15
-    slope: float = 4.0
     noise: float = 0.5
     least_gain: float = 0.01
 
@@ -285,7 +283,7 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> jax.Array:
     bold = jnp.maximum(bold, jnp.where(may_fall, -1.0, 0.0))
     # Where the noise of a loss is as large as all progress, a window of them tells
     # little, and a lower rate is worth more. What is left is where the slope leads.
-    careful = jnp.clip(rule.slope * (rho - rule.target), -1.0, 1.0)
+    careful = rho - rule.target
     progress = state.first_window_mean - state.best_window_mean
     trust = (rule.noise * jnp.maximum(progress, 0.0)) ** 2
     trust = trust / jnp.maximum(trust + state.loss_variance, 1e-30)
@@ -364,16 +362,31 @@ def step(
         is_steering = seen.phase == Phase.STEER
         is_reopened = is_steering & is_known & (mean - error > 0.5 * best)
         is_reopened &= loss.is_gaining
+        # Where the slope goes on and the loss is another one, so are the data: what is
+        # the lowest is learnt anew.
+        now = audit.alignment - rule.standard_errors * audit.alignment_error
+        is_new = loss.is_undone & is_good & (now > threshold) & is_steering
+        loss = loss._replace(
+            is_undone=loss.is_undone & ~is_new, is_worse=loss.is_worse & ~is_new
+        )
+        audited = audited._replace(
+            first_window_mean=jnp.where(
+                is_new, seen.window_mean, audited.first_window_mean
+            ),
+            best_window_mean=jnp.where(
+                is_new, seen.window_mean, audited.best_window_mean
+            ),
+        )
     leap, leapt = _leap(audited, rho, is_good, is_bad, is_found, rule)
     is_steered = (seen.phase == Phase.STEER) & ~is_reopened
     octaves = jnp.where(is_steered, _steer(audited, loss, rule), leap)
     moved = _scaled(choose(is_steered, audited, leapt), octaves, rule)
-    is_new = loss.is_best | (seen.num_windows == 0)
+    is_best = loss.is_best | (seen.num_windows == 0)
     variance = _variance_of_mean(seen)
     spread = variance * seen.window_count
     moved = _start_window(moved)._replace(
         first_window_mean=jnp.where(
-            seen.num_windows == 0, seen.window_mean, seen.first_window_mean
+            seen.num_windows == 0, seen.window_mean, moved.first_window_mean
         ),
         loss_variance=jnp.where(
             seen.num_windows == 0,
@@ -382,7 +395,7 @@ def step(
         ),
         last_window_mean=seen.window_mean,
         last_window_variance=variance,
-        best_window_mean=jnp.where(is_new, seen.window_mean, seen.best_window_mean),
+        best_window_mean=jnp.where(is_best, seen.window_mean, moved.best_window_mean),
         num_windows=count_if(is_audited, seen.num_windows),
     )
     return choose(is_audited, moved, seen)

@@ -13,17 +13,18 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
-CACHE = "JAX_COMPILATION_CACHE_DIR"
-if CACHE not in os.environ:
-    os.environ[CACHE] = tempfile.mkdtemp()  # workers inherit it
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
-
 import jax
 import pytest
 from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+if CACHE not in os.environ:  # what is set here is for workers and other processes
+    os.environ[CACHE] = tempfile.mkdtemp()
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
 
 # The same examples on every machine and day; a hundred times as many of them with
 # pytest tests/test_properties.py --hypothesis-profile=slow

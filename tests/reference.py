@@ -272,7 +272,7 @@ class MacroRate:
         if has_moved:
             self.estimate(alignment, error)
         c, best = self.avg_alignment, self.best_alignment
-        error = 2.0 * math.sqrt(self.noise)
+        latest, error = error, 2.0 * math.sqrt(self.noise)
         is_known = best > 0.0
         is_bad = has_moved and c + error <= self.good_alignment * best
         is_bad = is_bad or (self.is_undone and self.phase == SEARCH)
@@ -281,6 +281,11 @@ class MacroRate:
         if not has_moved:
             rho = 1.0
         is_reopened = is_known and self.is_gaining and c - error > 0.5 * best
+        is_now = alignment - 2.0 * latest > self.good_alignment * best
+        if self.phase == STEER and self.is_undone and is_good and is_now:
+            # the slope goes on, and the loss is another one: so are the data
+            self.first_window_mean = self.best_window_mean = self.mean_and_variance()[0]
+            self.is_undone = self.is_worse = False
         if self.phase == STEER and not is_reopened:
             self.steer()
         elif self.phase in (START, RESTARTED):
@@ -343,7 +348,7 @@ class MacroRate:
         is_beyond = c + 2.0 * math.sqrt(self.noise) < -best
         may_fall = self.anneal or self.is_worse or is_beyond
         bold = min(max(bold, -1.0 if may_fall else 0.0), 2.0)
-        careful = min(max(4.0 * (rho - 0.15), -1.0), 1.0)
+        careful = rho - 0.15
         power = trust * bold + (1.0 - trust) * careful
         share = len(self.window) / self.num_macro_steps
         self.scale(self.slow_growth_factor ** (min(1.0, 8.0 * share) * power))
@@ -478,6 +483,7 @@ class ErrorRegulate:
     def measure(self, value, norm):
         """Compares loss and norm with those before."""
         self.last_error = self.error
+        self.was_episode = self.conduct == EPISODE
         self.has_value = value is not None
         self.loss = 0.0 if value is None else value
         if math.isfinite(self.loss):
@@ -494,6 +500,8 @@ class ErrorRegulate:
         self.loss_is_known = len(self.loss_history.values) >= 16 and scale > 0.0
         self.loss_tolerance = max(scale, 1e-5 * abs(m))
         self.loss_median = m
+        progress = max(self.loss_history.start_value - m, 0.0)
+        self.is_undone = not self.loss - m <= 0.5 * progress  # of NaN, too
         self.scaled_error = self.rise(
             self.loss, m, self.loss_tolerance, self.loss_is_known
         )
@@ -519,7 +527,7 @@ class ErrorRegulate:
         can_skip = self.skips_left >= 1.0
         norm_is_large = self.is_usable and self.scaled_norm_error > 1.0
         if value is None:
-            self.is_high = norm_is_large and not can_skip
+            self.is_high = self.is_undone = norm_is_large and not can_skip
             self.is_odd = norm_is_large and can_skip
         else:
             self.is_high = self.is_usable and self.scaled_error > 1.0
@@ -566,14 +574,19 @@ class ErrorRegulate:
             self.verdict = ACCEPT
         is_fine = self.is_usable and self.error < 0.5
         is_long = self.num_hard >= self.patience
-        is_last = is_long and self.num_hard < self.patience + 1
+        is_last = is_long and self.num_hard < self.patience + 1 and self.is_undone
+        usual = 2.0 * self.harmless_doubt + 0.75
+        most = 1.5 * self.patience
+        has_ended = self.is_usable and self.last_error > 1.0
+        has_ended = has_ended and self.error < max(self.last_error / 16.0, 0.5)
 
         if self.conduct in (HEALTHY, SUSPECT):
-            needed = 1.25
-            if self.is_usable:
-                usual = 2.0 * self.harmless_doubt + 0.75
-                needed = max(1.25, min(usual, 0.75 * self.patience))
-            if self.doubt >= needed:
+            needed = max(1.25, min(usual, most)) if self.is_usable else 1.25
+            is_due = self.doubt >= needed
+            is_settled = self.is_usable and self.doubt >= most and not self.is_undone
+            if is_due and is_settled:
+                self.settle()
+            elif is_due:
                 self.go_back(RESTORING, "trial")
             elif self.doubt == 0.0:
                 self.conduct, self.is_over = HEALTHY, True
@@ -587,27 +600,30 @@ class ErrorRegulate:
                 self.events.add("late relief" if is_long else "harm")
                 self.conduct, self.is_over = HEALTHY, True
             elif self.is_usable and is_long:
-                self.verdict = ACCEPT
-                self.events.add("new level")
-                self.is_new_level = self.is_over = True
-                self.conduct = HEALTHY
+                self.settle()
             else:
                 self.events.add("episode")
                 self.conduct = EPISODE
                 self.num_hard += 1
-        elif is_fine:  # the end of an episode
+                # what is the same at the anchor was no harm so far
+                self.harmless_doubt = max(self.harmless_doubt, self.peak_doubt)
+        elif has_ended and self.doubt >= usual and self.peak_doubt > 0.0:
             self.conduct, self.is_over = HEALTHY, True
-            if self.peak_doubt > 0.0:  # something was learnt in it
-                self.go_back(REWINDING, "rewind")
+            self.go_back(REWINDING, "rewind")
+        elif is_fine:
+            self.events.add("learnt")
+            self.conduct, self.is_over = HEALTHY, True
         elif is_last and self.peak_doubt > 0.0:
             self.go_back(RESTORING, "trial, again")
         elif is_long and not is_last and self.is_usable:
-            self.verdict = ACCEPT
-            self.events.add("new level")
-            self.is_new_level = self.is_over = True
-            self.conduct = HEALTHY
+            self.settle()
         else:
             self.num_hard += 1
+
+    def settle(self):
+        self.verdict, self.conduct = ACCEPT, HEALTHY
+        self.events.add("new level")
+        self.is_new_level = self.is_over = True
 
     def go_back(self, conduct, event):
         self.verdict, self.conduct = REVERT, conduct
@@ -707,6 +723,7 @@ class ErrorRegulate:
             self.num_averaged = known + 1
             self.avg_value += weight * (self.loss - self.avg_value)
 
+        is_again = self.num_harmful > 0 and self.num_well >= 16
         # n steps after the last harm, (n / recovery_steps)^2 cuts are made good
         cut = max(self.backoff_factor * self.damping, 2.0**-10)
         if is_applied:
@@ -731,17 +748,22 @@ class ErrorRegulate:
         if self.is_over:
             if not self.is_harmful:
                 self.harmless_doubt = max(self.harmless_doubt, self.peak_doubt)
-                self.ceiling = max(self.ceiling, self.ceiling_in_doubt)
+                if not self.is_new_revert:
+                    self.ceiling = max(self.ceiling, self.ceiling_in_doubt)
+            elif is_again:
+                longer = 16.0 * self.peak_doubt
+                self.harmless_doubt = max(self.harmless_doubt, longer)
             if self.is_new_level:
                 self.harmless_doubt = LARGEST
             self.doubt = self.peak_doubt = 0.0
             self.num_hard = 0
         elif is_applied and self.doubt > self.last_doubt:
             self.peak_doubt = max(self.peak_doubt, self.doubt)
+        self.bound = self.log_limit()
         if self.is_over or self.verdict == REVERT:
             self.ceiling_in_doubt = -LARGEST
         if self.verdict == BOUND and self.norm > 0.0:
-            tried = min(self.log_norm, self.log_limit())
+            tried = min(self.log_norm, self.bound + math.log(1.25))
             self.ceiling_in_doubt = max(self.ceiling_in_doubt, tried)
 
         self.num_accepted += is_applied
@@ -775,6 +797,8 @@ class ErrorRegulate:
                 loss = math.nan
             if (self.is_high or self.is_odd) and not self.norm_is_known:
                 log_norm = math.nan
+        if self.was_episode and not self.is_new_level:
+            return
         if self.has_value:
             self.loss_history.record(loss)
         self.norm_history.record(log_norm)
@@ -786,6 +810,8 @@ class ErrorRegulate:
         if not (self.norm_is_known and self.norm_is_judged):
             return math.inf
         floor = math.log(16.0) if self.is_high else math.log(4.0)
+        if self.is_high and self.was_episode:
+            floor = max(floor, self.ceiling_in_doubt - self.norm_median)
         return self.norm_median + max(self.norm_tolerance, floor)
 
     def hand_down(self, grads, params, value, audit):
@@ -793,7 +819,7 @@ class ErrorRegulate:
         if self.verdict in (ACCEPT, BOUND):
             limit = math.inf if self.clip_norm is None else self.clip_norm
             if self.verdict == BOUND:
-                limit = min(limit, np.exp(self.log_limit()))
+                limit = min(limit, np.exp(self.bound))
             if self.norm > limit:
                 grads = grads * (limit / self.norm)
             value = self.loss if self.has_value else None

@@ -110,6 +110,7 @@ CASES = {
     "lalerg with a schedule": Case(
         lambda: lo.lalerg(lambda count: 0.1),
         lambda p: reference.lalerg(lambda count: 0.1, params=p),
+        USUAL - {"rewind"},
     ),
     "lalerg with AdaGrad, rate far too high": Case(
         lambda: lo.lalerg(9.0, micro=lo.scale_by_micro_rate(**ADAGRAD)),
@@ -157,7 +158,7 @@ CASES = {
     "momentum, odd, without value": Case(
         lambda: lo.error_regulate(optax.sgd(0.05, momentum=0.5), **ODD),
         lambda p: reference.ErrorRegulate(sgd(0.05, momentum=0.5), params=p, **ODD),
-        WITHOUT_VALUE,
+        WITHOUT_VALUE - {"trial, again"},
         has_value=False,
     ),
     "audited": Case(
@@ -165,7 +166,7 @@ CASES = {
         lambda p: reference.ErrorRegulate(
             micro(0.05)[1], audit=True, anchor_every=9, params=p
         ),
-        USUAL | {"audit"},
+        USUAL - {"rewind"} | {"audit"},
     ),
     "audited, without value": Case(
         lambda: lo.error_regulate(micro(0.05)[0], audit=True),
@@ -191,7 +192,7 @@ CASES = {
             reference.Chain(reference.LearningRate(0.01)),
             reference.ErrorRegulate(params=p),
         ),
-        WITHOUT_VALUE,
+        WITHOUT_VALUE - {"trial, again", "rewind"},
         has_value=False,
     ),
 }
@@ -226,7 +227,7 @@ def faulty_batches(seed, has_value):
     added[t : t + 7] = rng.choice([np.nan, np.inf, -np.inf], 7)
     factor[t : t + 7] = rng.choice([np.nan, np.inf, 1.0], 7)
     t = about(100)  # there at the anchor, too: an episode
-    high(t, 6)
+    high(t, 12)
     factor[t + 5] *= 1e3  # in which there is a norm that is bounded
     high(about(122), 2)  # less than that is no matter any more
     t = about(140)  # a slow rise
@@ -356,23 +357,25 @@ def assert_same(seen, expected):
         assert error[worst] <= 1.0, (key, worst, seen[key][worst], expected[key][worst])
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
     "with_scan",
     [pytest.param(False, marks=pytest.mark.slow), True],
     ids=["jit", "scan"],
 )
-def test_every_step_is_that_of_the_reference(name, seed, with_scan):
+def test_every_step_is_that_of_the_reference(name, with_scan):
     case = CASES[name]
-    seen = train(name, faulty_batches(seed, case.has_value), with_scan)
-    expected = train_reference(name, seen["loss"], seen["grads"])
-    assert_same(seen, expected)
+    events = set()
+    for seed in SEEDS:
+        seen = train(name, faulty_batches(seed, case.has_value), with_scan)
+        expected = train_reference(name, seen["loss"], seen["grads"])
+        assert_same(seen, expected)
+        events |= set().union(*expected["events"])
+        verdicts = collections.Counter(seen["verdict"].tolist())
+        assert verdicts[ACCEPT] >= 80
+        assert verdicts[REVERT] >= 4
     # nothing of this would say much had nothing happened
-    assert case.events <= set().union(*expected["events"])
-    verdicts = collections.Counter(seen["verdict"].tolist())
-    assert verdicts[ACCEPT] >= 100
-    assert verdicts[REVERT] >= 4
+    assert case.events <= events
 
 
 @pytest.mark.parametrize("seed", SEEDS)
