@@ -135,7 +135,7 @@ def scale_by_macro_rate(
             1/2 + \rho / good\_alignment & b = 1 \\
             \min(\rho / good\_alignment, 0) & b = 0
         \end{cases}, \qquad e_{bold} \le 2 \\
-        e_{careful} &= 4 \, (\rho - 0.15), \qquad -1 \le e_{careful} \le 1 \\
+        e_{careful} &= \rho - 0.15 \\
         T &= \frac{(L_{first} - L_{best})^2}{(L_{first} - L_{best})^2 + 4 \, v}
 
     with :math:`v` the variance of a loss within a window (average, decay 3/4) and the
@@ -144,8 +144,11 @@ def scale_by_macro_rate(
     of the difference, from :math:`v`), or :math:`c + 2 \sigma < -c^*`; it is at least
     -1. So the rate grows while that pays, and stays where the steps swing across the
     valley. Where the noise of a loss is as large as all progress, the alignment alone
-    decides. The weight :math:`w` makes this a matter of the relative length of the run.
-    Where half of the progress is undone, the rate is multiplied by ``backoff`` instead.
+    decides, and where it tells nothing the rate falls as :math:`1 / \sqrt t`. The
+    weight :math:`w` makes this a matter of the relative length of the run. Where half
+    of the progress is undone, the rate is multiplied by ``backoff`` instead; but if
+    this audit and the average are good, the data are others: the lowest mean loss, and
+    that of the first window, are this one from then on.
 
     A start that the regulator took back because it led too far is cut to lead a
     thousandth of the norm of the params.

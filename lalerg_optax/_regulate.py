@@ -154,7 +154,8 @@ def error_regulate(
         e_{norm}  &= \frac{\log |g_t| - m^g}{\max(k s^g,\; \log 4,\; h - m^g)}
 
     with :math:`k` = ``threshold``, :math:`\varphi` = ``progress_fraction`` and
-    :math:`h` the largest log norm of a bounded step that did no harm. The windows are
+    :math:`h` the largest log norm of a bounded step that did no harm, at most that of
+    5/4 of the bound. The windows are
     those before this step. A loss or norm that is not finite, or a norm whose square
     overflows float32, has an infinite error, shown as 1e37. :math:`e_{loss}` is 0 until
     16 values are known; :math:`e_{norm}` is known from the second step on, with a floor
@@ -175,10 +176,15 @@ def error_regulate(
     subsided by itself, or proved to be that of the data: the params come under trial
     where
 
-    .. math:: D \ge \max(5/4,\; \min(2 H + 3/4,\; 3/4 \; patience))
+    .. math:: D \ge \max(5/4,\; \min(2 H + 3/4,\; 3/2 \; patience))
 
     (5/4 on a step that is not finite). So a kind of data that was hard for a while and
-    did no harm is left alone from then on.
+    did no harm is left alone from then on. What did harm a second time, at least 16
+    accepted steps after the last time, is awaited, too, for rare data often raise the
+    loss of all others for some steps: :math:`H` is then at least 16 times the doubt
+    that it made. The anchor is held meanwhile, so that waiting costs no more than these
+    steps. Where doubt reaches :math:`3/2 \; patience`, and less than half of the
+    progress :math:`L_1 - m` is undone, it is the new level.
 
     **Verdict.**
 
@@ -188,7 +194,8 @@ def error_regulate(
     ``ACCEPT``  nothing below: the update of ``inner`` times the damping. An entry
                 whose update would make its parameter infinite stays.
     ``BOUND``   :math:`e_{loss} > 1`: accepted, but ``inner`` sees a gradient scaled
-                down to a log norm of :math:`m^g + \max(k s^g, \log 16, h - m^g)`.
+                down to a log norm of :math:`m^g + \max(k s^g, \log 16, h - m^g)`; in an
+                episode, to 5/4 of the last such norm.
     ``SKIP``    not finite; or :math:`e_{norm} > 1` though the loss is ordinary, while
                 any of 5 such skips are left (one comes back in 16,384 accepted steps;
                 after that it is ``BOUND`` to log 4 in place of log 16): update zero.
@@ -205,11 +212,14 @@ def error_regulate(
                    below 1/2, the updates since the anchor *did harm*: the damping is
                    multiplied by ``backoff_factor``, down to 2^-10 at least. Else it is
                    the data: EPISODE
-    EPISODE        the anchor is held. At the first step below 1/2 the data are
-                   as before, and what was learnt from the others may have been poison:
-                   REVERT, once, for :math:`H` is larger now. After ``patience``
-                   steps: REVERT, and if the loss is high there still, that is the new
-                   level: windows start anew and the step is accepted
+    EPISODE        anchor and windows are held. If the error falls from above 1 to
+                   below 1/2, or to a sixteenth, the data are as before, and what was
+                   learnt from the others may have been poison: REVERT, once, for
+                   :math:`H` is larger now. If it gets below 1/2 by and by, they have
+                   been learnt: HEALTHY. After ``patience`` steps, that is the new
+                   level: windows start anew and the step is accepted; but where half
+                   of the progress is undone, first REVERT, to see whether the loss is
+                   high there still
     =============  =================================================================
 
     n accepted steps after the last harm :math:`(n / recovery\_steps)^2` cuts of the
