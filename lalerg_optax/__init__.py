@@ -8,6 +8,7 @@ from ._adapters import value_from_gradient as value_from_gradient
 from ._adapters import without_value as without_value
 from ._adopt import adopt as adopt
 from ._apply import apply_updates as apply_updates
+from ._apply import healthy_params as healthy_params
 from ._history import LossHistory as LossHistory
 from ._lalerg import lalerg as lalerg
 from ._macro import ScaleByMacroRateState as ScaleByMacroRateState

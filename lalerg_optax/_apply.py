@@ -1,4 +1,4 @@
-"""apply_updates: Optax's, and exact on a revert."""
+"""Params from the state: updates applied, exact on a revert, and healthy ones."""
 
 import functools
 from typing import Any
@@ -69,4 +69,37 @@ def apply_updates(
             return jnp.where(pred | ~is_sound(p), a, p).astype(p.dtype)
 
         params = _map(select, home, params)
+    return params
+
+
+def healthy_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
+    """Returns the last params that are known to be healthy: those of the anchor.
+
+    What an update did shows at the next losses, so that the last one of a run, or the
+    one before a checkpoint, was judged by none. The anchor was: it is what params were
+    before a step whose loss and gradient norm were ordinary, at most ``anchor_every``
+    accepted steps ago, and it is held while anything is in doubt. Nothing is copied.
+
+    Args:
+      params: the params now, a tree; only those without a regulator are taken over.
+      opt_state: the state of the optimizer. Regulators are found in it at any depth.
+
+    Returns:
+      A tree with the shapes and dtypes of the params.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx, params = lo.error_regulate(optax.sgd(0.1)), jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params, value=1.0)
+      >>> params = lo.apply_updates(params, updates, state)
+      >>> [float(p) for p in lo.healthy_params(params, state)]  # not [0.9, 1.8]
+      [1.0, 2.0]
+    """
+    for state in find_states(opt_state, ErrorRegulateState).values():
+        own = _map(lambda a, p: a if _is_masked(a) else p, state.anchor, params)
+        home = at_hand(jnp.ones((), jnp.bool_), state.anchor, own)
+        params = _map(
+            lambda a, p: p if _is_masked(a) else a.astype(p.dtype), home, params
+        )
     return params

@@ -65,7 +65,9 @@ class Recorder:
     ``window`` steps for each regulator. Protection can hide a bug. Less than 3 steps in
     10,000 are rejected where nothing is wrong; if that happens independently, more than
     10 in 500 come once in :math:`10^{16}` steps. A search from a rate that is far too
-    high does need a few reverts, which is why the first ones are not told.
+    high does need a few reverts, which is why the first ones are not told. And once in
+    a run it says that one kind recurs, however far apart: gradients whose norm alone is
+    odd, when the skips for them are used up, and harm, after twice ``max_reverts``.
 
     Args:
       writer: where each scalar is written as it is fetched: any object with

@@ -1,6 +1,7 @@
 """Watch: counts the interventions of a run, and warns when they pile up."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ._verdict import Verdict
 Block = dict[str, Any]  # scalars of some steps by name, arrays of one length
 
 _STEPS_A_REVERT = 2
+_HARMS_A_LIMIT = 2  # in a whole run, in units of the reverts of a window
 _NOT_FINITE = 0.99 * LARGEST
 
 
@@ -45,9 +47,13 @@ class Watch:
         self._max_skips = max_skips
         self._max_reverts = max_reverts
         self._last_warning: dict[str, int] = {}
+        self._told: set[tuple[str, str]] = set()
 
     def look(self, blocks: list[Block], num_new: int) -> None:
-        """Warns where interventions pile up in a window that ends at a new step."""
+        """Warns where interventions pile up in a window that ends at a new step.
+
+        And once in a run of each kind that recurs, however far apart they are.
+        """
         recent: list[Block] = []
         num_recent = 0
         for block in reversed(blocks):
@@ -60,6 +66,10 @@ class Watch:
             if name.rpartition("/")[2] != "verdict":
                 continue
             group = name.removesuffix("verdict")
+            for kind, text in self._recurring(group, tail):
+                if (group, kind) not in self._told:
+                    self._told.add((group, kind))
+                    warnings.warn(text, InterventionWarning, stacklevel=4)
             num_skips = _sums(tail[name] == Verdict.SKIP, self._window)
             num_reverts = _sums(tail[name] == Verdict.REVERT, self._window)
             num_reverts = -(-num_reverts // _STEPS_A_REVERT)
@@ -81,6 +91,34 @@ class Watch:
             }
             text = _warning(group, int(num_skips[end]), int(num_reverts[end]), part)
             warnings.warn(text, InterventionWarning, stacklevel=4)
+
+    def _recurring(self, group: str, tail: Block) -> Iterator[tuple[str, str]]:
+        """Yields each kind of rejection that recurs in this run, and what to say."""
+        last = {
+            name: tail[group + name][-1]
+            for name in ("skips_left", "num_harmful")
+            if group + name in tail
+        }
+        step = int(tail["step"][-1])
+        if last.get("skips_left", np.inf) < 1.0:
+            yield (
+                "norm",
+                f"{_of(group)}gradients with a norm that does not fit to an ordinary "
+                f"loss come again and again (up to step {step}): the "
+                "skips for them are used up, and they are accepted from now on, "
+                "bounded.",
+            )
+        if last.get("num_harmful", 0) > _HARMS_A_LIMIT * self._max_reverts:
+            yield (
+                "harm",
+                f"{_of(group)}updates did harm {int(last['num_harmful'])} times (up to "
+                f"step {step}), and were undone: look at the learning "
+                "rate, and at data that come again and again.",
+            )
+
+
+def _of(group: str) -> str:
+    return f"of {group.strip('/')}: " if group else ""
 
 
 def joined(blocks: list[Block]) -> Block:
@@ -124,7 +162,7 @@ def _warning(group: str, num_skips: int, num_reverts: int, part: Block) -> str:
         f"{name} ({_number(counts[name], 'step')})" for name in ranked if counts[name]
     ]
     text = (
-        f"{'of ' + group.strip('/') + ': ' if group else ''}"
+        f"{_of(group)}"
         f"{_number(num_reverts, 'revert')} and {_number(num_skips, 'skip')} in "
         f"{len(is_rejected)} steps (up to step {int(part['step'][-1])}): protection "
         f"can hide a bug; look at "

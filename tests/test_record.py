@@ -410,3 +410,31 @@ def test_a_real_run_of_bad_batches_warns():
     run(recorder, losses=[1.0] * 5 + [float("nan")] * 20)
     with pytest.warns(lo.InterventionWarning, match="look at what is not finite"):
         recorder.flush()
+
+
+# ---- what recurs --------------------------------------------------------------------
+
+
+def recurring(**columns):
+    """Returns the warnings of a run of 10,000 steps of which all are accepted."""
+    recorder = lo.Recorder()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for first in range(0, 10_000, 1000):
+            part = {name: x[first : first + 1000] for name, x in columns.items()}
+            recorder.extend(verdict=np.zeros(1000, np.int32), **part)
+        recorder.flush()
+    return [str(w.message) for w in caught]
+
+
+def test_odd_norms_that_use_up_their_skips_are_told_once_however_far_apart():
+    skips_left = np.float32(5 - np.arange(10_000) // 1500)
+    (text,) = recurring(skips_left=np.maximum(skips_left, 0.5))
+    assert "come again and again" in text
+    assert not recurring(skips_left=np.full(10_000, 1.5, np.float32))
+
+
+def test_harm_that_recurs_is_told_once_however_far_apart():
+    (text,) = recurring(num_harmful=np.arange(10_000) // 600)
+    assert text.startswith("updates did harm 1")
+    assert not recurring(num_harmful=np.arange(10_000) // 1000)
