@@ -125,8 +125,8 @@ def look_and_move(
             is_clear = is_good | is_still | (look.num_looks >= RULE.most_looks)
             # A search from far below costs little, one from above may cost the run.
             is_far = reach > RULE.most_reach
-            is_far &= last.num_harmful == 0
-            is_bad &= last.num_harmful < RULE.most_restarts
+            is_far &= last.num_reverted == 0
+            is_bad &= last.num_reverted < 2 * RULE.most_restarts  # of two steps each
             is_failed = (is_bad | is_far) & ~is_started
             is_moved = may_move & ~is_failed & (is_started | is_clear)
             # where the anchor is held, what is seen of it is told all the same

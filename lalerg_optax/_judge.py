@@ -553,7 +553,7 @@ def learn(
         ),
     )
     is_tried = is_bounded & jnp.isfinite(seen.log_norm)
-    most = seen.log_limit + rule.growth
+    most = seen.log_limit + jnp.where(seen.is_high, rule.growth, 0.0)
     tried = jnp.where(is_tried, jnp.minimum(seen.log_norm, most), -LARGEST)
     is_borne = is_harmless & ~decision.is_new_revert
     ceiling = jnp.where(
@@ -600,7 +600,9 @@ def learn(
             num_skipped=count_if(is_skipped, last.num_skipped),
             num_reverted=count_if(is_reverted, last.num_reverted),
             num_trials=count_if(decision.is_trial, last.num_trials),
-            num_harmful=count_if(decision.is_harmful, last.num_harmful),
+            num_harmful=count_if(
+                decision.is_harmful & ~look.is_failed, last.num_harmful
+            ),
             num_audits_passed=count_if(is_passed, last.num_audits_passed),
             # the anchor is what params were before the update of this step
             anchor_age=jnp.where(

@@ -678,8 +678,8 @@ class ErrorRegulate:
         if not self.is_started:
             is_still = alignment is not None and not any(self.looks)
             reach = self.reach_of(params) if alignment is not None else 0.0
-            is_far = reach > 1e-2 and self.num_harmful == 0
-            is_bad = n >= 3 and mean < -3.0 * error and self.num_harmful < 8
+            is_far = reach > 1e-2 and self.num_reverted == 0
+            is_bad = n >= 3 and mean < -3.0 * error and self.num_reverted < 16
             self.is_failed = is_bad or is_far
             is_clear = (n >= 3 and mean > 2.0 * error) or n >= 16 or is_still
             may_move = may_move and is_clear and not self.is_failed
@@ -734,7 +734,7 @@ class ErrorRegulate:
         if self.is_failed:
             self.num_averaged = 0
         if self.is_harmful:
-            self.num_harmful += 1
+            self.num_harmful += not self.is_failed
             self.num_well = 0
             if self.is_started:
                 self.damping = cut
@@ -763,7 +763,8 @@ class ErrorRegulate:
         if self.is_over or self.verdict == REVERT:
             self.ceiling_in_doubt = -LARGEST
         if self.verdict == BOUND and self.norm > 0.0:
-            tried = min(self.log_norm, self.bound + math.log(1.25))
+            growth = math.log(1.25) if self.is_high else 0.0
+            tried = min(self.log_norm, self.bound + growth)
             self.ceiling_in_doubt = max(self.ceiling_in_doubt, tried)
 
         self.num_accepted += is_applied
