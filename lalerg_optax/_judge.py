@@ -43,7 +43,8 @@ class JudgeRule(NamedTuple):
       widening: of the tolerance, by each 5 % of a window that are alarms; chosen on the
         regression of ``benchmarks/faults.py``.
       longer: doubt that is taken for harmless from then on, in units of that of an
-        update that did harm.
+        update that did harm; chosen, as the next two and `fall`, on development streams
+        of ``benchmarks/mixtures.py`` and two tasks of ``benchmarks/faults.py``.
       apart: steps between two updates that did harm, for that to be another time.
       growth: of the logarithm of the bound, where a bounded gradient did no harm.
       num_skips: steps whose norm alone is odd that may be skipped, at first.
@@ -538,9 +539,10 @@ def learn(
         ),
     )
     harmless = jnp.maximum(last.peak_doubt, decision.is_new_level * LARGEST)
-    # What did harm again and again may be rare, and what it does may pass: the next
-    # time that is awaited for longer. The anchor is held, so that it costs little.
+    # What is in doubt again, though most of the progress is there, may be what rare data
+    # do, and may pass: the next time that is awaited. The anchor is held meanwhile.
     is_again = (last.num_harmful > 0) & (last.num_well >= rule.apart)
+    is_again &= decision.is_trial & (last.conduct <= Conduct.SUSPECT) & ~seen.is_undone
     longer = jnp.where(is_again, rule.longer * last.peak_doubt, 0.0)
     # what is the same at the anchor was no harm so far
     is_hard = (last.conduct == Conduct.TRIAL) & (decision.conduct == Conduct.EPISODE)
@@ -549,7 +551,7 @@ def learn(
         jnp.where(
             is_harmless | is_hard,
             harmless,
-            jnp.where(decision.is_harmful & is_over, longer, 0.0),
+            longer,
         ),
     )
     is_tried = is_bounded & jnp.isfinite(seen.log_norm)

@@ -179,12 +179,13 @@ def error_regulate(
     .. math:: D \ge \max(5/4,\; \min(2 H + 3/4,\; 3/2 \; patience))
 
     (5/4 on a step that is not finite). So a kind of data that was hard for a while and
-    did no harm is left alone from then on. What did harm a second time, at least 16
-    accepted steps after the last time, is awaited, too, for rare data often raise the
-    loss of all others for some steps: :math:`H` is then at least 16 times the doubt
-    that it made. The anchor is held meanwhile, so that waiting costs no more than these
-    steps. Where doubt reaches :math:`3/2 \; patience`, and less than half of the
-    progress :math:`L_1 - m` is undone, it is the new level.
+    did no harm is left alone from then on. After a first harm, a trial at least 16
+    accepted steps later at which less than half of the progress :math:`L_1 - m` is
+    undone makes :math:`H` at least 16 times the doubt so far, for rare data often raise
+    the loss of all others for some steps, and that passes. The anchor is held
+    meanwhile, so that waiting costs no more than these steps. Where doubt reaches
+    :math:`3/2 \; patience`, and less than half of the progress is undone, it is the new
+    level.
 
     **Verdict.**
 

@@ -724,6 +724,11 @@ class ErrorRegulate:
             self.avg_value += weight * (self.loss - self.avg_value)
 
         is_again = self.num_harmful > 0 and self.num_well >= 16
+        is_again = is_again and self.is_new_revert and self.conduct == RESTORING
+        is_again = is_again and not self.was_episode and not self.is_undone
+        if is_again:
+            longer = 16.0 * self.peak_doubt
+            self.harmless_doubt = max(self.harmless_doubt, longer)
         # n steps after the last harm, (n / recovery_steps)^2 cuts are made good
         cut = max(self.backoff_factor * self.damping, 2.0**-10)
         if is_applied:
@@ -750,9 +755,6 @@ class ErrorRegulate:
                 self.harmless_doubt = max(self.harmless_doubt, self.peak_doubt)
                 if not self.is_new_revert:
                     self.ceiling = max(self.ceiling, self.ceiling_in_doubt)
-            elif is_again:
-                longer = 16.0 * self.peak_doubt
-                self.harmless_doubt = max(self.harmless_doubt, longer)
             if self.is_new_level:
                 self.harmless_doubt = LARGEST
             self.doubt = self.peak_doubt = 0.0
