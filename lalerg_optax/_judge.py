@@ -539,8 +539,8 @@ def learn(
         ),
     )
     harmless = jnp.maximum(last.peak_doubt, decision.is_new_level * LARGEST)
-    # What is in doubt again, though most of the progress is there, may be what rare data
-    # do, and may pass: the next time that is awaited. The anchor is held meanwhile.
+    # What is in doubt again, though most of the progress is there, may be what rare
+    # data do, and may pass: the next time it is awaited. The anchor is held meanwhile.
     is_again = (last.num_harmful > 0) & (last.num_well >= rule.apart)
     is_again &= decision.is_trial & (last.conduct <= Conduct.SUSPECT) & ~seen.is_undone
     longer = jnp.where(is_again, rule.longer * last.peak_doubt, 0.0)

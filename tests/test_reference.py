@@ -71,6 +71,7 @@ class Case(NamedTuple):
     reference: Callable
     events: set = USUAL
     has_value: bool = True
+    num_steps: int = 300  # that are compared
 
 
 def sgd(learning_rate, momentum):
@@ -192,8 +193,9 @@ CASES = {
             reference.Chain(reference.LearningRate(0.01)),
             reference.ErrorRegulate(params=p),
         ),
-        WITHOUT_VALUE - {"trial, again", "rewind"},
+        WITHOUT_VALUE - {"trial, again", "rewind", "new level"},
         has_value=False,
+        num_steps=204,  # then gradients are so large that params leave float32
     ),
 }
 
@@ -368,6 +370,7 @@ def test_every_step_is_that_of_the_reference(name, with_scan):
     events = set()
     for seed in SEEDS:
         seen = train(name, faulty_batches(seed, case.has_value), with_scan)
+        seen = {key: x[: case.num_steps] for key, x in seen.items()}
         expected = train_reference(name, seen["loss"], seen["grads"])
         assert_same(seen, expected)
         events |= set().union(*expected["events"])
