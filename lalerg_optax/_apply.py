@@ -20,6 +20,14 @@ def _is_masked(node: Any) -> bool:
 _map = functools.partial(jax.tree.map, is_leaf=_is_masked)
 
 
+def _home(
+    state: ErrorRegulateState, params: optax.Params, is_needed: jax.Array
+) -> optax.Params:
+    """Returns the anchor of a regulator, with nodes in place of all other params."""
+    own = _map(lambda a, p: a if _is_masked(a) else p, state.anchor, params)
+    return at_hand(is_needed, state.anchor, own)
+
+
 def apply_updates(
     params: optax.Params, updates: optax.Updates, opt_state: optax.OptState
 ) -> optax.Params:
@@ -59,16 +67,12 @@ def apply_updates(
     for state in find_states(opt_state, ErrorRegulateState).values():
         is_reverted = state.verdict == Verdict.REVERT
 
-        # the parameters of this regulator, with nodes in place of all others
-        own = _map(lambda a, p: a if _is_masked(a) else p, state.anchor, params)
-        home = at_hand(is_reverted, state.anchor, own)
-
         def select(a: Any, p: Any, pred: jax.Array = is_reverted) -> Any:
             if _is_masked(a):
                 return p
             return jnp.where(pred | ~is_sound(p), a, p).astype(p.dtype)
 
-        params = _map(select, home, params)
+        params = _map(select, _home(state, params, is_reverted), params)
     return params
 
 
@@ -78,7 +82,7 @@ def healthy_params(params: optax.Params, opt_state: optax.OptState) -> optax.Par
     What an update did shows at the next losses, so that the last one of a run, or the
     one before a checkpoint, was judged by none. The anchor was: it is what params were
     before a step whose loss and gradient norm were ordinary, at most ``anchor_every``
-    accepted steps ago, and it is held while anything is in doubt. Nothing is copied.
+    accepted steps ago, and it is held while anything is in doubt.
 
     Args:
       params: the params now, a tree; only those without a regulator are taken over.
@@ -97,8 +101,7 @@ def healthy_params(params: optax.Params, opt_state: optax.OptState) -> optax.Par
       [1.0, 2.0]
     """
     for state in find_states(opt_state, ErrorRegulateState).values():
-        own = _map(lambda a, p: a if _is_masked(a) else p, state.anchor, params)
-        home = at_hand(jnp.ones((), jnp.bool_), state.anchor, own)
+        home = _home(state, params, jnp.ones((), jnp.bool_))
         params = _map(
             lambda a, p: p if _is_masked(a) else a.astype(p.dtype), home, params
         )

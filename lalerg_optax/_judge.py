@@ -42,10 +42,11 @@ class JudgeRule(NamedTuple):
       suspect: evidence at which the anchor is held.
       widening: of the tolerance, by each 5 % of a window that are alarms; chosen on the
         regression of ``benchmarks/faults.py``.
-      longer: doubt that is taken for harmless from then on, in units of that of an
-        update that did harm; chosen, as the next two and `fall`, on development streams
+      longer: doubt that is taken for harmless from then on, in units of that of a trial
+        after a first harm; chosen, as the next two and `fall`, on development streams
         of ``benchmarks/mixtures.py`` and two tasks of ``benchmarks/faults.py``.
-      apart: steps between two updates that did harm, for that to be another time.
+      apart: accepted steps between the two, for that to be another time.
+      undone: share of the progress that is too much to be what rare data do.
       growth: of the logarithm of the bound, where a bounded gradient did no harm.
       num_skips: steps whose norm alone is odd that may be skipped, at first.
       skip_memory: accepted steps after which there may be another one.
@@ -74,6 +75,7 @@ class JudgeRule(NamedTuple):
     widening: float = 1.5
     longer: float = 16.0
     apart: float = 16.0
+    undone: float = 0.5
     growth: float = math.log(1.25)
     num_skips: float = 5.0
     skip_memory: float = 2.0**14
@@ -118,8 +120,8 @@ class RegulatorScalars(NamedTuple):
       damping: factor of the updates, in [2^-10, 1], float32.
       num_well: steps accepted since an update did harm, up to 2^20, float32.
       skips_left: steps whose norm alone is odd that may still be skipped, float32.
-      ceiling: logarithm of the largest norm that did no harm or, where it was bounded,
-        of twice the bound, float32.
+      ceiling: logarithm of the largest norm that did no harm, at most that of 5/4 of
+        the bound, float32.
       ceiling_in_doubt: the same of the steps since the losses are high, float32.
       doubt: evidence against the params, float32.
       peak_doubt: the most of it since it was 0 that usable losses made, float32.
@@ -215,7 +217,7 @@ class Assessment(NamedTuple):
         where no more may be skipped for it, bool.
       is_odd: whether the norm is and the loss is not, bool.
       is_healthy: whether all errors are far below what is tolerated, bool.
-      is_undone: whether half of the progress is; without a loss, `is_high`, bool.
+      is_undone: whether much of the progress is; without a loss, `is_high`, bool.
       error: rise of the loss in units of what is tolerated, float32.
       norm_error: rise of the log norm likewise, float32.
       log_norm: logarithm of the norm, NaN for a norm of 0 or NaN, float32.
@@ -333,24 +335,29 @@ def assess(
     share = jnp.minimum(rule.widening * Z95 / rule.threshold, 1.0)
     alarms = jnp.minimum(medians + share * tolerances, LARGEST)
     recorded = jnp.where(known & (rises > 1.0), alarms, jnp.minimum(signals, LARGEST))
-    # Nor does a signal that cannot be judged yet, while the other one objects. In an
-    # episode the windows wait: what comes after is to be as it was before.
+    # Nor does a signal that cannot be judged yet, while the other one objects. From the
+    # way back until it is known what was wrong, the windows wait.
     is_recorded = jnp.isfinite(signals) & (known | ~(is_high | is_odd))
-    is_recorded &= last.conduct != Conduct.EPISODE
+    is_recorded &= last.conduct <= Conduct.SUSPECT
     if value is None:
         is_recorded &= lanes([0.0, 1.0]) > 0.0
+    if value is None:
+        is_undone = is_high
+    else:  # of NaN, too
+        is_undone = ~(loss - medians[0] <= rule.undone * progress)
     norm_is_known = (history.num_values[1] > 0) & norm_is_judged
     # What holds at the anchor, too, is hard: there the bound gives way step by step.
-    is_hard = (last.conduct == Conduct.EPISODE) & is_high
-    tried = jnp.where(is_hard, last.ceiling_in_doubt - medians[1], 0.0)
-    floor = jnp.maximum(jnp.where(is_high, rule.bound_floor, rule.norm_floor), tried)
-    limit = medians[1] + jnp.maximum(tolerances[1], floor)
+    # That of an odd gradient never does: the loss is ordinary, nothing more is to learn.
+    is_episode = last.conduct == Conduct.EPISODE
+    tried = jnp.where(is_episode, last.ceiling_in_doubt - medians[1], 0.0)
+    high_limit = jnp.maximum(jnp.maximum(tolerances[1], rule.bound_floor), tried)
+    limit = medians[1] + jnp.where(is_high, high_limit, rule.norm_floor)
     return Assessment(
         is_usable=is_usable,
         is_high=is_high,
         is_odd=is_odd,
         is_healthy=jnp.maximum(error, norm_error) < rule.healthy,
-        is_undone=is_high if value is None else ~(loss - medians[0] <= 0.5 * progress),
+        is_undone=is_undone,
         error=error,
         norm_error=norm_error,
         log_norm=log_norm,
@@ -548,11 +555,7 @@ def learn(
     is_hard = (last.conduct == Conduct.TRIAL) & (decision.conduct == Conduct.EPISODE)
     harmless_doubt = jnp.maximum(
         last.harmless_doubt,
-        jnp.where(
-            is_harmless | is_hard,
-            harmless,
-            longer,
-        ),
+        jnp.where(is_harmless | is_hard, harmless, longer),
     )
     is_tried = is_bounded & jnp.isfinite(seen.log_norm)
     most = seen.log_limit + jnp.where(seen.is_high, rule.growth, 0.0)

@@ -199,7 +199,7 @@ def error_regulate(
                 episode, to 5/4 of the last such norm.
     ``SKIP``    not finite; or :math:`e_{norm} > 1` though the loss is ordinary, while
                 any of 5 such skips are left (one comes back in 16,384 accepted steps;
-                after that it is ``BOUND`` to log 4 in place of log 16): update zero.
+                after that it is ``BOUND`` to :math:`m^g + \log 4`): update zero.
     ``REVERT``  params go back to the anchor, on this step and the next.
     ==========  ====================================================================
 
@@ -213,7 +213,7 @@ def error_regulate(
                    below 1/2, the updates since the anchor *did harm*: the damping is
                    multiplied by ``backoff_factor``, down to 2^-10 at least. Else it is
                    the data: EPISODE
-    EPISODE        anchor and windows are held. If the error falls from above 1 to
+    EPISODE        the anchor is held. If the error falls from above 1 to
                    below 1/2, or to a sixteenth, the data are as before, and what was
                    learnt from the others may have been poison: REVERT, once, for
                    :math:`H` is larger now. If it gets below 1/2 by and by, they have
@@ -232,7 +232,8 @@ def error_regulate(
     value that, as the 95th percentile, would make the tolerance 1.5 times as wide (but
     at most as what was tolerated). So the window follows a level that is there to stay,
     but slowly: a burst of outliers does not blind the judge. A loss that cannot be
-    judged yet is not recorded where the norm objects.
+    judged yet is not recorded where the norm objects, nor is anything from the second
+    step of a revert until the conduct is HEALTHY again.
 
     **Anchor.** A copy of the params before the update of the step, made when the step
     is accepted and healthy, the conduct is HEALTHY, and params are at least so many

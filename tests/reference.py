@@ -483,6 +483,7 @@ class ErrorRegulate:
     def measure(self, value, norm):
         """Compares loss and norm with those before."""
         self.last_error = self.error
+        self.was_before = self.conduct in (HEALTHY, SUSPECT)
         self.was_episode = self.conduct == EPISODE
         self.has_value = value is not None
         self.loss = 0.0 if value is None else value
@@ -800,7 +801,7 @@ class ErrorRegulate:
                 loss = math.nan
             if (self.is_high or self.is_odd) and not self.norm_is_known:
                 log_norm = math.nan
-        if self.was_episode and not self.is_new_level:
+        if not (self.was_before or self.is_new_level):
             return
         if self.has_value:
             self.loss_history.record(loss)
@@ -812,10 +813,10 @@ class ErrorRegulate:
         """Returns the log norm that a bounded gradient may have."""
         if not (self.norm_is_known and self.norm_is_judged):
             return math.inf
-        floor = math.log(16.0) if self.is_high else math.log(4.0)
-        if self.is_high and self.was_episode:
-            floor = max(floor, self.ceiling_in_doubt - self.norm_median)
-        return self.norm_median + max(self.norm_tolerance, floor)
+        if not self.is_high:
+            return self.norm_median + math.log(4.0)
+        limit = self.norm_median + max(self.norm_tolerance, math.log(16.0))
+        return max(limit, self.ceiling_in_doubt) if self.was_episode else limit
 
     def hand_down(self, grads, params, value, audit):
         """Returns the updates of the inner transformation."""

@@ -71,7 +71,7 @@ class Case(NamedTuple):
     reference: Callable
     events: set = USUAL
     has_value: bool = True
-    num_steps: int = 300  # that are compared
+    level: float = 1e8  # of the gradient for good, where there is no loss
 
 
 def sgd(learning_rate, momentum):
@@ -111,7 +111,6 @@ CASES = {
     "lalerg with a schedule": Case(
         lambda: lo.lalerg(lambda count: 0.1),
         lambda p: reference.lalerg(lambda count: 0.1, params=p),
-        USUAL - {"rewind"},
     ),
     "lalerg with AdaGrad, rate far too high": Case(
         lambda: lo.lalerg(9.0, micro=lo.scale_by_micro_rate(**ADAGRAD)),
@@ -121,7 +120,7 @@ CASES = {
     "lalerg without value": Case(
         lambda: lo.lalerg(0.3),
         lambda p: reference.lalerg(0.3, params=p),
-        WITHOUT_VALUE - {"trial, again", "new level"},
+        WITHOUT_VALUE - {"trial, again"},
         has_value=False,
     ),
     "lalerg without search": Case(
@@ -150,7 +149,7 @@ CASES = {
     "momentum": Case(
         lambda: lo.error_regulate(optax.sgd(0.01, momentum=0.9)),
         lambda p: reference.ErrorRegulate(sgd(0.01, momentum=0.9), params=p),
-        USUAL - {"odd, bounded", "rewind"},
+        USUAL,
     ),
     "momentum, odd": Case(
         lambda: lo.error_regulate(optax.sgd(0.05, momentum=0.5), **ODD),
@@ -167,12 +166,12 @@ CASES = {
         lambda p: reference.ErrorRegulate(
             micro(0.05)[1], audit=True, anchor_every=9, params=p
         ),
-        USUAL - {"rewind"} | {"audit"},
+        USUAL | {"audit"},
     ),
     "audited, without value": Case(
         lambda: lo.error_regulate(micro(0.05)[0], audit=True),
         lambda p: reference.ErrorRegulate(micro(0.05)[1], audit=True, params=p),
-        WITHOUT_VALUE - {"trial, again", "new level"} | {"audit"},
+        WITHOUT_VALUE - {"trial, again"} | {"audit"},
         has_value=False,
     ),
     "audited, rate too high for a start": Case(
@@ -193,14 +192,14 @@ CASES = {
             reference.Chain(reference.LearningRate(0.01)),
             reference.ErrorRegulate(params=p),
         ),
-        WITHOUT_VALUE - {"trial, again", "rewind", "new level"},
+        WITHOUT_VALUE - {"trial, again", "rewind"},
         has_value=False,
-        num_steps=204,  # then gradients are so large that params leave float32
+        level=100.0,  # more, and params leave float32
     ),
 }
 
 
-def faulty_batches(seed, has_value):
+def faulty_batches(seed, has_value, level=1e8):
     """Returns a least squares problem whose losses and gradients go wrong at times."""
     rng = np.random.default_rng(seed)
     inputs = rng.standard_normal((NUM_STEPS, 16, 6))
@@ -238,7 +237,7 @@ def faulty_batches(seed, has_value):
     if has_value:
         scale[t:] = 1e6
     else:
-        factor[t:] = 1e12
+        factor[t:] = level
     t = about(222)  # in the midst of it, steps that do not count
     factor[t : t + 4] = np.inf
     batches = (inputs, targets, added, scale, factor)
@@ -369,13 +368,12 @@ def test_every_step_is_that_of_the_reference(name, with_scan):
     case = CASES[name]
     events = set()
     for seed in SEEDS:
-        seen = train(name, faulty_batches(seed, case.has_value), with_scan)
-        seen = {key: x[: case.num_steps] for key, x in seen.items()}
+        seen = train(name, faulty_batches(seed, case.has_value, case.level), with_scan)
         expected = train_reference(name, seen["loss"], seen["grads"])
         assert_same(seen, expected)
         events |= set().union(*expected["events"])
         verdicts = collections.Counter(seen["verdict"].tolist())
-        assert verdicts[ACCEPT] >= 80
+        assert verdicts[ACCEPT] >= 100
         assert verdicts[REVERT] >= 4
     # nothing of this would say much had nothing happened
     assert case.events <= events
