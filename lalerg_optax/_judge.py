@@ -347,7 +347,7 @@ def assess(
         is_undone = ~(loss - medians[0] <= rule.undone * progress)
     norm_is_known = (history.num_values[1] > 0) & norm_is_judged
     # What holds at the anchor, too, is hard: there the bound gives way step by step.
-    # That of an odd gradient never does: the loss is ordinary, nothing more is to learn.
+    # That of an odd gradient never does: with an ordinary loss there is nothing new.
     is_episode = last.conduct == Conduct.EPISODE
     tried = jnp.where(is_episode, last.ceiling_in_doubt - medians[1], 0.0)
     high_limit = jnp.maximum(jnp.maximum(tolerances[1], rule.bound_floor), tried)

@@ -67,7 +67,7 @@ class Recorder:
     10 in 500 come once in :math:`10^{16}` steps. A search from a rate that is far too
     high does need a few reverts, which is why the first ones are not told. And once in
     a run it says that one kind recurs, however far apart: gradients whose norm alone is
-    odd, when the skips for them are used up, and harm, after twice ``max_reverts``.
+    odd, when the skips for them are used up, and harm, after ten times.
 
     Args:
       writer: where each scalar is written as it is fetched: any object with

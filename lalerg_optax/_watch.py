@@ -13,7 +13,7 @@ from ._verdict import Verdict
 Block = dict[str, Any]  # scalars of some steps by name, arrays of one length
 
 _STEPS_A_REVERT = 2
-_HARMS_A_LIMIT = 2  # in a whole run, in units of the reverts of a window
+_MOST_HARMS = 10  # in a whole run
 _NOT_FINITE = 0.99 * LARGEST
 
 
@@ -92,7 +92,8 @@ class Watch:
             text = _warning(group, int(num_skips[end]), int(num_reverts[end]), part)
             warnings.warn(text, InterventionWarning, stacklevel=4)
 
-    def _recurring(self, group: str, tail: Block) -> Iterator[tuple[str, str]]:
+    @staticmethod
+    def _recurring(group: str, tail: Block) -> Iterator[tuple[str, str]]:
         """Yields each kind of rejection that recurs in this run, and what to say."""
         last = {
             name: tail[group + name][-1]
@@ -104,16 +105,15 @@ class Watch:
             yield (
                 "norm",
                 f"{_of(group)}gradients with a norm that does not fit to an ordinary "
-                f"loss come again and again (up to step {step}): the "
-                "skips for them are used up, and they are accepted from now on, "
-                "bounded.",
+                f"loss come again and again (up to step {step}): the skips for them are "
+                "used up, and they are accepted from now on, bounded.",
             )
-        if last.get("num_harmful", 0) > _HARMS_A_LIMIT * self._max_reverts:
+        if last.get("num_harmful", 0) > _MOST_HARMS:
             yield (
                 "harm",
                 f"{_of(group)}updates did harm {int(last['num_harmful'])} times (up to "
-                f"step {step}), and were undone: look at the learning "
-                "rate, and at data that come again and again.",
+                f"step {step}), and were undone: look at the learning rate, and at data "
+                "that come again and again.",
             )
 
 

@@ -663,3 +663,19 @@ def test_metrics_of_a_level_that_stands_alone_tell_its_part():
 def test_metrics_of_a_state_without_our_parts_are_a_value_error(state):
     with pytest.raises(ValueError, match="no state of error_regulate"):
         lo.metrics(state)
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, 1e3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_gradient_of_any_dtype_is_scaled_down_to_the_limit_or_not_at_all(
+    dtype, clip_norm
+):
+    grads = jnp.asarray(np.random.default_rng(0).standard_normal(300), dtype)
+    tx = lo.error_regulate(optax.identity(), clip_norm=clip_norm)
+    updates, _ = tx.update(grads, tx.init(grads), grads, value=1.0)
+    assert updates.dtype == grads.dtype
+    norm = float(jnp.linalg.norm(updates.astype(jnp.float32)))
+    if clip_norm > 100.0:
+        np.testing.assert_array_equal(updates, grads)
+    else:
+        assert 0.99 * clip_norm < norm < 1.001 * clip_norm
