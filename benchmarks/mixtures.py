@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from decades import best_index, linear
-from faults import ADAMW, Optimizer
+from faults import ADAMW, WEIGHT_DECAY, Optimizer
 from faults import OPTIMIZERS as ALL_OPTIMIZERS
 from flax import linen as nn
 from jax import lax
@@ -568,6 +568,12 @@ OPTIMIZERS = (
         optimizer
         for optimizer in ALL_OPTIMIZERS
         if optimizer.is_own or optimizer.name in ("adamw", "skip_step(adamw)")
+    ),
+    Optimizer(
+        "lalerg, b2 = 0.999",
+        lambda rate: lo.lalerg(rate, weight_decay=WEIGHT_DECAY, b2=0.999),
+        "a second moment that remembers ten times as long",
+        is_own=True,
     ),
     BLIND,
 )

@@ -105,15 +105,15 @@ class Watch:
             yield (
                 "norm",
                 f"{_of(group)}gradients with a norm that does not fit to an ordinary "
-                f"loss come again and again (up to step {step}): the skips for them are "
-                "used up, and they are accepted from now on, bounded.",
+                f"loss come again and again (up to step {step}): the skips for them "
+                "are used up, and they are accepted from now on, bounded.",
             )
         if last.get("num_harmful", 0) > _MOST_HARMS:
             yield (
                 "harm",
                 f"{_of(group)}updates did harm {int(last['num_harmful'])} times (up to "
-                f"step {step}), and were undone: look at the learning rate, and at data "
-                "that come again and again.",
+                f"step {step}), and were undone: look at the learning rate, and at "
+                "data that come again and again.",
             )
 
 
