@@ -145,7 +145,7 @@ def look_back(
     return (
         is_seen,
         jnp.where(is_seen, jnp.clip(cosine, -1.0, 1.0), 0.0),
-        jnp.where(is_seen, jnp.nan_to_num(reach), 0.0),
+        jnp.where(jnp.isfinite(reach), reach, 0.0),
     )
 
 

@@ -18,7 +18,7 @@ class AuditRule(NamedTuple):
 
     Attributes:
       num_early: steps before the anchor is due on which there is a look, too: with that
-        at the move, so many looks tell their own standard error.
+        at the move, so many looks tell their own standard error. Noise asks for more.
       most_looks: looks after which an unclear start counts as a start.
       good_errors: standard errors above zero at which a start is good.
       bad_errors: standard errors below zero at which it has failed; more, because it
@@ -26,7 +26,7 @@ class AuditRule(NamedTuple):
       most_reach: how far the first steps may lead, in units of the params.
       most_restarts: times that a run may begin anew: where nobody lowers the rate, a
         start that fails once fails for ever.
-      held_looks: looks that are summed up where the anchor does not move.
+      held_looks: by how many more looks are summed up where the anchor does not move.
       variance_decay: decay of the average variance of a look.
     """
 
@@ -36,7 +36,7 @@ class AuditRule(NamedTuple):
     bad_errors: float = 3.0
     most_reach: float = 1e-2
     most_restarts: int = 8
-    held_looks: float = 8.0
+    held_looks: float = 5.0
     variance_decay: float = 0.75
 
 
@@ -44,17 +44,25 @@ RULE = AuditRule()
 
 
 def _summed_up(
-    last: RegulatorScalars, is_seen: jax.Array, alignment: jax.Array
+    last: RegulatorScalars, is_seen: jax.Array, alignment: jax.Array, weight: jax.Array
 ) -> Look:
-    """Returns what all looks at this anchor say together."""
+    """Returns what all looks at this anchor say together.
+
+    It is a ratio of sums and no mean of ratios: of one example, the many gradients that
+    are small agree with where the params went, and the few large ones do not.
+    """
+    weight = jnp.where(is_seen, weight, 0.0)
     num_looks = last.num_looks + is_seen
-    look_sum = last.look_sum + alignment
-    look_square = last.look_square + alignment**2
+    look_sum = last.look_sum + weight * alignment
+    look_square = last.look_square + (weight * alignment) ** 2
+    look_cross = last.look_cross + weight**2 * alignment
+    look_weight = last.look_weight + weight
+    look_weight_square = last.look_weight_square + weight**2
     count = jnp.maximum(num_looks, 1.0)
-    mean = look_sum / count
-    own = jnp.maximum(look_square - count * mean**2, 0.0) / jnp.maximum(
-        count - 1.0, 1.0
-    )
+    unit = jnp.maximum(look_weight / count, 1e-15)
+    mean = look_sum / (count * unit)
+    rest = look_square - 2.0 * mean * look_cross + mean**2 * look_weight_square
+    own = jnp.maximum(rest, 0.0) / (unit**2 * jnp.maximum(count - 1.0, 1.0))
     # that of few looks is itself uncertain
     pooled = last.look_variance + (1.0 - RULE.variance_decay) * (
         own - last.look_variance
@@ -70,6 +78,9 @@ def _summed_up(
         alignment_error=jnp.sqrt(variance / count),
         look_sum=look_sum,
         look_square=look_square,
+        look_cross=look_cross,
+        look_weight=look_weight,
+        look_weight_square=look_weight_square,
         look_variance=variance,
         num_looks=num_looks,
     )
@@ -80,7 +91,9 @@ def _summed_up(
 def look_and_move(
     is_due: jax.Array,
     may_move: jax.Array,
+    num_wanted: jax.Array,
     is_started: jax.Array,
+    weight: jax.Array,
     last: RegulatorScalars,
     anchor: optax.Params,
     params: optax.Params,
@@ -99,7 +112,9 @@ def look_and_move(
     Args:
       is_due: whether there is anything to do, bool scalar.
       may_move: whether the anchor may move if what is seen allows it, bool scalar.
+      num_wanted: looks that are wanted before the anchor moves, int32 scalar.
       is_started: whether the run has begun well, bool scalar.
+      weight: of this look, float32 scalar.
       last: what is known.
       anchor: the anchor.
       params: the params.
@@ -115,7 +130,7 @@ def look_and_move(
             is_seen, alignment, reach = look_back(
                 grads, grad_norm, anchor, params, axis_name
             )
-            look = _summed_up(last, is_seen, alignment)
+            look = _summed_up(last, is_seen, alignment, weight)
             # Before the first good audit, looks go on until together they are clear.
             error = look.alignment_error
             is_enough = look.num_looks >= 3.0
@@ -130,7 +145,7 @@ def look_and_move(
             is_failed = (is_bad | is_far) & ~is_started
             is_moved = may_move & ~is_failed & (is_started | is_clear)
             # where the anchor is held, what is seen of it is told all the same
-            is_held = is_started & (look.num_looks >= RULE.held_looks)
+            is_held = is_started & (look.num_looks >= num_wanted + RULE.held_looks)
             is_over = is_moved | is_failed | is_held
             look = look._replace(
                 reach=jnp.where(is_failed, reach, 0.0),
@@ -138,6 +153,9 @@ def look_and_move(
                 is_failed=is_failed,
                 is_moved=is_moved,
                 look_sum=jnp.where(is_over, 0.0, look.look_sum),
+                look_cross=jnp.where(is_over, 0.0, look.look_cross),
+                look_weight=jnp.where(is_over, 0.0, look.look_weight),
+                look_weight_square=jnp.where(is_over, 0.0, look.look_weight_square),
                 look_square=jnp.where(is_over, 0.0, look.look_square),
                 look_variance=jnp.where(
                     is_over, look.look_variance, last.look_variance
@@ -154,6 +172,9 @@ def look_and_move(
             Look(
                 look_sum=last.look_sum,
                 look_square=last.look_square,
+                look_cross=last.look_cross,
+                look_weight=last.look_weight,
+                look_weight_square=last.look_weight_square,
                 look_variance=last.look_variance,
                 num_looks=last.num_looks,
             )

@@ -129,8 +129,12 @@ class RegulatorScalars(NamedTuple):
         the anchor, float32.
       alignment: what the last audit told, in [-1, 1], float32.
       alignment_error: its standard error, float32.
-      look_sum: sum of the alignments that were looked at since the anchor, float32.
-      look_square: sum of their squares, float32.
+      look_sum: sum of the alignments that were looked at since the anchor, each
+        times its weight, float32.
+      look_square: sum of the squares of these products, float32.
+      look_cross: sum of the alignments, each times the square of its weight, float32.
+      look_weight: sum of the weights, float32.
+      look_weight_square: sum of their squares, float32.
       look_variance: average variance of a single look, float32.
       num_looks: number of those looks, float32.
       verdict: the last `Verdict`, int32.
@@ -163,6 +167,9 @@ class RegulatorScalars(NamedTuple):
     alignment_error: Any = 0.0
     look_sum: Any = 0.0
     look_square: Any = 0.0
+    look_cross: Any = 0.0
+    look_weight: Any = 0.0
+    look_weight_square: Any = 0.0
     look_variance: Any = 0.0
     num_looks: Any = 0.0
     verdict: Any = 0
@@ -189,8 +196,11 @@ class Look(NamedTuple):
       reach: how far a start went that was too far, float32.
       alignment: their mean, float32.
       alignment_error: its standard error, float32.
-      look_sum: see `RegulatorScalars`, as the next three.
+      look_sum: see `RegulatorScalars`, as the next six.
       look_square: likewise.
+      look_cross: likewise.
+      look_weight: likewise.
+      look_weight_square: likewise.
       look_variance: likewise.
       num_looks: likewise.
     """
@@ -204,6 +214,9 @@ class Look(NamedTuple):
     alignment_error: Any = 0.0
     look_sum: Any = 0.0
     look_square: Any = 0.0
+    look_cross: Any = 0.0
+    look_weight: Any = 0.0
+    look_weight_square: Any = 0.0
     look_variance: Any = 0.0
     num_looks: Any = 0.0
 
@@ -222,6 +235,7 @@ class Assessment(NamedTuple):
       norm_error: rise of the log norm likewise, float32.
       log_norm: logarithm of the norm, NaN for a norm of 0 or NaN, float32.
       log_limit: logarithm of the norm that a bounded gradient may have, float32.
+      weight: norm in units of its median, at most that of a bounded gradient, float32.
       recorded: what the history is to remember of loss and log norm, float32, (2,).
       signals: what they are, float32, (2,).
       is_recorded: which of the two is remembered, bool, (2,).
@@ -236,6 +250,7 @@ class Assessment(NamedTuple):
     norm_error: jax.Array
     log_norm: jax.Array
     log_limit: jax.Array
+    weight: jax.Array
     recorded: jax.Array
     signals: jax.Array
     is_recorded: jax.Array
@@ -362,6 +377,7 @@ def assess(
         norm_error=norm_error,
         log_norm=log_norm,
         log_limit=jnp.where(norm_is_known, limit, LARGEST),
+        weight=jnp.exp(jnp.minimum(log_norm - medians[1], high_limit)),
         recorded=recorded,
         signals=signals,
         is_recorded=is_recorded,
@@ -591,6 +607,9 @@ def learn(
             ),
             look_sum=jnp.where(is_reverted, 0.0, look.look_sum),
             look_square=jnp.where(is_reverted, 0.0, look.look_square),
+            look_cross=jnp.where(is_reverted, 0.0, look.look_cross),
+            look_weight=jnp.where(is_reverted, 0.0, look.look_weight),
+            look_weight_square=jnp.where(is_reverted, 0.0, look.look_weight_square),
             look_variance=look.look_variance,
             num_looks=jnp.where(is_reverted, 0.0, look.num_looks),
             verdict=verdict,

@@ -88,22 +88,31 @@ def _due(
     rule: JudgeRule,
     *,
     audit: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns whether there is anything to do about the anchor, and if it may move."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns if there is anything to do about the anchor.
+
+    And whether it may move, and how many looks are wanted before it does.
+    """
     every = jnp.maximum(last.num_accepted // 8, rule.min_anchor_every)
+    # So many looks tell the alignment to a quarter of itself.
+    noise = last.look_variance / jnp.maximum(last.alignment**2, 1e-12)
+    wanted = jnp.minimum(rule.noise_steps * noise, 1e6)
     if audit:
         # the noisier the looks, the longer the way that they have to look back on
-        noise = last.look_variance / jnp.maximum(last.alignment**2, 1e-12)
-        longer = rule.min_anchor_every * jnp.minimum(rule.noise_steps * noise, 1e6)
+        longer = rule.min_anchor_every * wanted
         every = jnp.maximum(every, longer.astype(jnp.int32))
     every = jnp.minimum(every, rule.anchor_every)
+    num_wanted = jnp.clip(
+        wanted.astype(jnp.int32), RULE.num_early, jnp.maximum(every - 1, RULE.num_early)
+    )
     is_ordinary = decision.verdict == Verdict.ACCEPT
     may_move = is_ordinary & seen.is_healthy & (last.anchor_age >= every)
     may_move &= decision.conduct == Conduct.HEALTHY
     if not audit:
-        return may_move, may_move
-    early = jnp.maximum(every - RULE.num_early, 1)
-    return is_applied(decision.verdict) & (last.anchor_age >= early), may_move
+        return may_move, may_move, num_wanted
+    early = jnp.maximum(every - num_wanted, 1)
+    is_due = is_applied(decision.verdict) & (last.anchor_age >= early)
+    return is_due, may_move, num_wanted
 
 
 def _scale(
@@ -425,6 +434,7 @@ def error_regulate(
         anchor, look = look_and_move(
             *_due(last, seen, decision, rule, audit=audit),
             is_started,
+            seen.weight,
             last,
             state.anchor,
             params,

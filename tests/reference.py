@@ -220,7 +220,8 @@ class MacroRate:
         is_clear = self.has_value and not is_first and progress > 2.0 * margin
         self.is_best = self.has_value and (is_first or rise < 0.0)
         self.is_worse = self.has_value and not is_first and rise > margin
-        self.is_undone = self.is_worse and is_clear and 2.0 * rise > progress
+        is_half = 2.0 * (rise - margin) > progress
+        self.is_undone = self.is_worse and is_clear and is_half
         self.is_gaining = is_first or -rise > least
         close = min(margin, 2.0 * math.sqrt(2.0 * variance))
         self.is_flat = is_clear and close - rise < least
@@ -232,7 +233,8 @@ class MacroRate:
         if self.num_windows == 0:
             self.first_window_mean, self.loss_variance = mean, spread
         else:
-            self.loss_variance += 0.25 * (spread - self.loss_variance)
+            calm = min(spread, 2.0 * self.loss_variance)
+            self.loss_variance += 0.25 * (calm - self.loss_variance)
         if self.num_windows == 0 or self.is_best:
             self.best_window_mean = mean
         self.last_window_mean, self.last_window_variance = mean, variance
@@ -274,18 +276,23 @@ class MacroRate:
         c, best = self.avg_alignment, self.best_alignment
         latest, error = error, 2.0 * math.sqrt(self.noise)
         is_known = best > 0.0
-        is_bad = has_moved and c + error <= self.good_alignment * best
-        is_bad = is_bad or (self.is_undone and self.phase == SEARCH)
-        is_good = not is_bad and has_moved and c - error > self.good_alignment * best
-        rho = max(c / max(best, abs(c)), 0.0) if is_known else 0.5
-        if not has_moved:
-            rho = 1.0
-        is_reopened = is_known and self.is_gaining and c - error > 0.5 * best
-        is_now = alignment - 2.0 * latest > self.good_alignment * best
-        if self.phase == STEER and self.is_undone and is_good and is_now:
+        threshold = self.good_alignment * best
+        is_bad = has_moved and c + error <= threshold
+        is_good = not is_bad and has_moved and c - error > threshold
+        is_now = alignment - 2.0 * latest > threshold
+        if self.phase >= SEARCH and self.is_undone and is_good and is_now:
             # the slope goes on, and the loss is another one: so are the data
             self.first_window_mean = self.best_window_mean = self.mean_and_variance()[0]
             self.is_undone = self.is_worse = False
+        is_bad = is_bad or (self.is_undone and self.phase == SEARCH)
+        is_good = is_good and not is_bad
+        is_unclear = has_moved and is_known and not is_good and not is_bad
+        rho = max(c / max(best, abs(c)), 0.0) if is_known else 0.5
+        if not has_moved:
+            rho = 1.0
+        if is_unclear:
+            rho /= 2.0
+        is_reopened = is_known and self.is_gaining and c - error > 0.5 * best
         if self.phase == STEER and not is_reopened:
             self.steer()
         elif self.phase in (START, RESTARTED):
@@ -302,7 +309,7 @@ class MacroRate:
             self.phase = SEARCH
             self.lower(is_known)
         elif self.phase == SEARCH and (
-            self.is_flat or (has_moved and is_known and not is_good)
+            self.is_flat or (is_unclear and c <= threshold)
         ):
             self.phase = STEER
         else:
@@ -328,7 +335,7 @@ class MacroRate:
             self.avg_alignment += gain * (alignment - self.avg_alignment)
             self.spread = (1.0 - gain) * before
             self.noise = (1.0 - gain) ** 2 * self.noise + gain**2 * noise
-        clear = self.avg_alignment - 2.0 * math.sqrt(self.noise)
+        clear = self.avg_alignment - math.sqrt(self.noise)
         self.best_alignment = max(self.best_alignment, clear)
         self.num_audits += 1
 
@@ -337,7 +344,8 @@ class MacroRate:
             self.scale(self.backoff_factor)
             return
         c, best = self.avg_alignment, self.best_alignment
-        scale = max(best, abs(c))
+        error = 2.0 * math.sqrt(self.noise)
+        scale = max(best, abs(c) + error)
         rho = c / scale if scale > 0.0 else 0.0
         progress = max(self.first_window_mean - self.best_window_mean, 0.0) ** 2
         trust = 0.25 * progress / max(0.25 * progress + self.loss_variance, 1e-30)
@@ -345,10 +353,10 @@ class MacroRate:
             rho, trust = (-self.good_alignment if self.is_worse else 0.0), 1.0
         tilt = rho / self.good_alignment
         bold = 0.5 + tilt if self.is_best and self.is_gaining else min(tilt, 0.0)
-        is_beyond = c + 2.0 * math.sqrt(self.noise) < -best
+        is_beyond = c + error < -best
         may_fall = self.anneal or self.is_worse or is_beyond
         bold = min(max(bold, -1.0 if may_fall else 0.0), 2.0)
-        careful = rho - 0.15
+        careful = min(max(2.0 * (rho + 0.2), -1.0), 1.0)
         power = trust * bold + (1.0 - trust) * careful
         share = len(self.window) / self.num_macro_steps
         self.scale(self.slow_growth_factor ** (min(1.0, 8.0 * share) * power))
@@ -639,10 +647,12 @@ class ErrorRegulate:
         self.is_failed = self.is_moved = False
         self.is_started = not self.audit or self.num_audits_passed > 0
         every = max(self.num_accepted // 8, 5)
+        noise = self.look_variance / max(self.alignment**2, 1e-12)
+        wanted = min(16.0 * noise, 1e6)
         if self.audit:  # noisy looks need a longer way to look back on
-            noise = self.look_variance / max(self.alignment**2, 1e-12)
-            every = max(every, int(5 * min(16.0 * noise, 1e6)))
+            every = max(every, int(5 * wanted))
         every = min(every, self.anchor_every)
+        num_wanted = max(min(int(wanted), every - 1), 3)
         is_healthy = max(self.scaled_error, self.scaled_norm_error) < 0.5
         may_move = self.verdict == ACCEPT and self.conduct == HEALTHY
         may_move = may_move and is_healthy and self.anchor_age >= every
@@ -650,8 +660,9 @@ class ErrorRegulate:
         if not self.audit:
             taken = None
             self.is_moved = may_move
-        elif self.verdict in (ACCEPT, BOUND) and self.anchor_age >= max(every - 3, 1):
-            taken = self.look_back(grads, params, may_move)
+        elif self.verdict in (ACCEPT, BOUND):
+            if self.anchor_age >= max(every - num_wanted, 1):
+                taken = self.look_back(grads, params, may_move, num_wanted)
         if self.is_failed:
             self.go_back(REWINDING, "failed audit")
             self.is_harmful = self.is_over = True
@@ -663,30 +674,34 @@ class ErrorRegulate:
             taken = Restart(self.reach if self.is_failed else 0.0)
         return taken
 
-    def look_back(self, grads, params, may_move):
+    def look_back(self, grads, params, may_move, num_wanted):
         alignment = self.alignment_with(grads, params)
         if alignment is not None:
-            self.looks.append(alignment)
+            excess = math.log(global_norm(grads)) - self.norm_median
+            weight = math.exp(min(excess, max(self.norm_tolerance, math.log(16.0))))
+            self.looks.append((weight, alignment))
         n = len(self.looks)
-        mean = sum(self.looks) / n if n else 0.0
+        total = sum(weight for weight, _ in self.looks)
+        mean = sum(weight * look for weight, look in self.looks) / total if n else 0.0
         variance = self.look_variance
         if n >= 2:
-            own = sum((look - mean) ** 2 for look in self.looks) / (n - 1)
+            rests = [weight * (look - mean) * n / total for weight, look in self.looks]
+            own = sum(rest**2 for rest in rests) / (n - 1)
             variance = 0.75 * variance + 0.25 * own if variance > 0.0 else own
         error = math.sqrt(variance / max(n, 1))
 
         self.reach = 0.0
         if not self.is_started:
-            is_still = alignment is not None and not any(self.looks)
-            reach = self.reach_of(params) if alignment is not None else 0.0
-            is_far = reach > 1e-2 and self.num_reverted == 0
+            is_still = alignment is not None and not any(x for _, x in self.looks)
+            reach = self.reach_of(params)
+            is_far = 1e-2 < reach < math.inf and self.num_reverted == 0
             is_bad = n >= 3 and mean < -3.0 * error and self.num_reverted < 16
             self.is_failed = is_bad or is_far
             is_clear = (n >= 3 and mean > 2.0 * error) or n >= 16 or is_still
             may_move = may_move and is_clear and not self.is_failed
             self.reach = reach if self.is_failed else 0.0
         self.is_moved = may_move
-        is_held = self.is_started and n >= 8
+        is_held = self.is_started and n >= num_wanted + 5
         if not (self.is_failed or self.is_moved or is_held):
             return False
         self.looks, self.look_variance = [], variance
