@@ -42,7 +42,8 @@ def under_way(
     """Returns the state as it would be had the search ended at this rate.
 
     How well steps are aligned at smaller rates was never seen. Taken for 1, than which
-    no cosine is larger, it makes for the most careful steps.
+    no cosine is larger, it makes for the most careful steps: nothing is a leap worth,
+    and noisy runs are steered to an alignment of 0.
 
     Args:
       state: a state of `scale_by_macro_rate`.
@@ -78,11 +79,11 @@ def scale_by_macro_rate(
     before the update of that step is scaled, the rate is adapted.
 
     Inside ``error_regulate(..., audit=True)`` the regulator takes the audits. Each
-    tells an alignment :math:`c_k` (the mean cosine between fresh gradients and the way
-    back to the anchor) and its standard error :math:`\sigma_k`. What is known of the
-    alignment is their average :math:`c`, by Kalman's filter: with the best alignment
-    :math:`c^*` so far, :math:`q = (\max(c^*, |c|) / 4)^2` by which it may drift between
-    two audits, and :math:`P` the variance,
+    tells an alignment :math:`c_k` (of fresh gradients with the way back to the anchor,
+    1 if they all point there) and its standard error :math:`\sigma_k`. What is known
+    of the alignment is their average :math:`c`, by Kalman's filter: with the best
+    alignment :math:`c^*` so far, :math:`q = (\max(c^*, |c|) / 4)^2` by which it may
+    drift between two audits, and :math:`P` the variance,
 
     .. math::
 
@@ -92,7 +93,7 @@ def scale_by_macro_rate(
 
     so that crisp audits count nearly alone, and noisy ones together. One that is more
     than 2 standard errors from the average has :math:`G \ge 1/2`. :math:`c^*` is the
-    largest :math:`c - 2 \sigma`. An alignment of exactly 0 (params have not moved at
+    largest :math:`c - \sigma`. An alignment of exactly 0 (params have not moved at
     all) changes nothing, and lets the search leap.
 
     =========  =====================  ===============================  =========
@@ -106,14 +107,17 @@ def scale_by_macro_rate(
     SEARCH     bad                    :math:`backoff`                  STEER
     SEARCH     bad, no best known     :math:`backoff^2`                STEER
     SEARCH     unclear, no best       :math:`\sqrt{growth}`            SEARCH
-    SEARCH     unclear, or nothing    1                                STEER
-               is gained
+    SEARCH     unclear, best known,   :math:`growth^{\rho / 2}`         SEARCH
+               :math:`c` good
+    SEARCH     unclear otherwise, or  1                                STEER
+               nothing is gained
     STEER      any                    :math:`slow\_growth^{w e}`       STEER
     both       an update did harm     :math:`backoff^4`                RESTARTED
     others     an update did harm     :math:`backoff`                  the same
     =========  =====================  ===============================  =========
 
-    with :math:`\rho = c / \max(c^*, |c|)`. An audit is *good* where :math:`c - 2 \sigma
+    with :math:`\rho = c / \max(c^*, |c|)`; :math:`c` alone is good where it is above
+    :math:`good\_alignment \cdot c^*`. An audit is *good* where :math:`c - 2 \sigma
     > good\_alignment \cdot c^*`, *bad* where :math:`c + 2 \sigma` is not; or in SEARCH
     where the mean loss since the last audit is clearly above the lowest and half of the
     progress is undone. What a good alignment is, is learnt anew from below after the
@@ -132,23 +136,27 @@ def scale_by_macro_rate(
         e &= T e_{bold} + (1 - T) \, e_{careful}, \qquad
             w = \min(1, 8 n / t) \\
         e_{bold} &= \begin{cases}
-            1/2 + \rho / good\_alignment & b = 1 \\
-            \min(\rho / good\_alignment, 0) & b = 0
+            1/2 + (\rho + 0.05) / good\_alignment & b = 1 \\
+            \min((\rho + 0.05) / good\_alignment, 0) & b = 0
         \end{cases}, \qquad e_{bold} \le 2 \\
-        e_{careful} &= \rho - 0.15 \\
+        e_{careful} &= 2 \, (\rho + 0.2), \qquad |e_{careful}| \le 1 \\
         T &= \frac{(L_{first} - L_{best})^2}{(L_{first} - L_{best})^2 + 4 \, v}
 
-    with :math:`v` the variance of a loss within a window (average, decay 3/4) and the
-    mean losses of the first and of the best window. :math:`e_{bold} \ge 0` unless
-    ``anneal`` is set, the mean loss is clearly above the lowest (by 2 standard errors
-    of the difference, from :math:`v`), or :math:`c + 2 \sigma < -c^*`; it is at least
-    -1. So the rate grows while that pays, and stays where the steps swing across the
-    valley. Where the noise of a loss is as large as all progress, the alignment alone
-    decides, and where it tells nothing the rate falls as :math:`1 / \sqrt t`. The
-    weight :math:`w` makes this a matter of the relative length of the run. Where half
-    of the progress is undone, the rate is multiplied by ``backoff`` instead; but if
-    this audit and the average are good, the data are others: the lowest mean loss, and
-    that of the first window, are this one from then on.
+    with :math:`\rho = c / \max(c^*, |c| + 2 \sigma)`, :math:`v` the variance of a loss
+    within a window (average, decay 3/4; a window counts for at most twice the average
+    or twice the square of a tenth of the progress) and the mean losses of the first and
+    of the best window. :math:`e_{bold} \ge 0` unless ``anneal`` is set, the mean loss
+    is clearly above the lowest (by 2 standard errors of the difference, from
+    :math:`v`), or :math:`c + 2 \sigma < -c^*`; it is at least -1. So the rate grows
+    while that pays, and stays where the steps swing across the valley. Where the noise
+    of a loss is as large as all progress, the alignment alone decides. It is steered to
+    a fifth of its best below zero, where it is at rates that are best with a schedule
+    that falls: there the params go to and fro. The weight :math:`w` makes this a matter
+    of the relative length of the run. Where half of the progress is clearly undone (by
+    2 standard errors of the difference), the rate is multiplied by ``backoff`` instead,
+    and a search is over; but if this audit and the average are good, the data are
+    others: the lowest mean loss, and that of the
+    first window, are this one from then on.
 
     A start that the regulator took back because it led too far is cut to lead a
     thousandth of the norm of the params.

@@ -24,6 +24,9 @@ _INTERNAL = (
     "num_well",
     "look_sum",
     "look_square",
+    "look_cross",
+    "look_weight",
+    "look_weight_square",
     "look_variance",
     "num_looks",
 )

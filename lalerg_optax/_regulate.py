@@ -261,15 +261,18 @@ def error_regulate(
     least 5 and at most ``anchor_every``. An entry that is not finite, or whose square
     is not in float32, is not copied.
 
-    **Audit**, if asked for: on the last four steps before the anchor is due, and from
+    **Audit**, if asked for: on the last steps before the anchor is due, and from
     then on, every accepted step looks back at it with the fresh gradient,
-    :math:`c = \langle g, a - p \rangle / (|g| |a - p|)`. When the anchor moves, or
-    after 8 looks where it is held, ``inner`` is told (extra argument ``audit``) the
-    mean of these looks and its standard error, from the variance :math:`v` of a look
-    (averaged
-    over anchors, decay 0.75). The noisier the looks, the longer the way that they look
-    back on: the 5 steps between anchors become :math:`5 \max(1, \min(16 v / c^2,
-    10^6))`, still at most ``anchor_every``, with the :math:`c` told last. The first
+    :math:`c_i = \langle g, a - p \rangle / (|g| |a - p|)`. When the anchor moves, or
+    after n + 5 looks where it is held, ``inner`` is told (extra argument ``audit``)
+    :math:`c = \sum w_i c_i / \sum w_i`, with the weights :math:`w_i = |g|` in units of
+    its median (at most what is tolerated, or 16), and its standard error, from the
+    variance :math:`v = \frac{n}{n - 1} \sum w_i^2 (c_i - c)^2 n / (\sum w_i)^2` of a
+    look (averaged over anchors, decay 0.75). :math:`n = 16 v / c^2` looks, with what
+    was told last, tell it to a quarter of itself: so many steps before the anchor is
+    due looks begin, at least 3, and at most when it has moved. And so much longer is
+    the way that they look back on: the 5 steps between anchors become
+    :math:`5 \max(1, n)`, still at most ``anchor_every``. The first
     audit decides whether the run has begun well, and looks go on until it is clear:
     with at least 3 of them, mean above 2 standard errors, or 16 of them. A mean below
     -3 standard errors says that the first steps led nowhere, and params more than 1 %

@@ -37,11 +37,13 @@ class SearchRule(NamedTuple):
       blind: share of a leap to dare where the alignment is not known.
       target: alignment, in units of its best, that is steered for where losses are
         noisy: below 0, because the schedule still has to fall; chosen, as the next
-        three, on development tasks of ``benchmarks/noise.py``.
+        five, on development tasks of ``benchmarks/noise.py`` and ``decades.py``.
+      bold_target: the same where they are not.
       slope: of that steering.
       best_errors: standard errors by which an alignment has to be above the best.
       calm: by how much a window may raise the average variance of a loss, at most, in
         units of it: a blow-up does not excuse itself.
+      least_noise: the deviation that does, in units of the progress so far.
       noise: deviation of a loss, in units of the progress so far, at which half of the
         steering is that.
       least_gain: what a window has to gain, in units of the progress that was made at
@@ -65,9 +67,11 @@ class SearchRule(NamedTuple):
     boldest: float = 2.0
     blind: float = 0.5
     target: float = -0.2
+    bold_target: float = -0.05
     slope: float = 2.0
     best_errors: float = 1.0
     calm: float = 2.0
+    least_noise: float = 0.1
     noise: float = 0.5
     least_gain: float = 0.01
 
@@ -282,7 +286,7 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> jax.Array:
     is_blind = state.num_audits == 0  # the loss is all that is known
     down = jnp.where(loss.is_worse, -jnp.asarray(rule.good_alignment), 0.0)
     rho = jnp.where(is_blind, down, rho)
-    tilt = rho / rule.good_alignment
+    tilt = (rho - rule.bold_target) / rule.good_alignment
     bold = jnp.where(
         loss.is_best & loss.is_gaining, rule.gain + tilt, jnp.minimum(tilt, 0.0)
     )
@@ -291,7 +295,9 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> jax.Array:
     bold = jnp.maximum(bold, jnp.where(may_fall, -1.0, 0.0))
     # Where the noise of a loss is as large as all progress, a window of them tells
     # little, and a lower rate is worth more. What is left is where the slope leads.
-    careful = jnp.clip(rule.slope * (rho - rule.target), -1.0, 1.0)
+    # of a run that was taken up at a good rate, the best was never seen
+    target = jnp.where(state.best_alignment < 1.0, rule.target, 0.0)
+    careful = jnp.clip(rule.slope * (rho - target), -1.0, 1.0)
     progress = state.first_window_mean - state.best_window_mean
     trust = (rule.noise * jnp.maximum(progress, 0.0)) ** 2
     trust = trust / jnp.maximum(trust + state.loss_variance, 1e-30)
@@ -366,7 +372,9 @@ def step(
         is_new = loss.is_undone & is_good & (now > threshold)
         is_new &= seen.phase >= Phase.SEARCH
         loss = loss._replace(
-            is_undone=loss.is_undone & ~is_new, is_worse=loss.is_worse & ~is_new
+            is_undone=loss.is_undone & ~is_new,
+            is_worse=loss.is_worse & ~is_new,
+            is_flat=loss.is_flat & ~is_new,
         )
         is_bad |= loss.is_undone & (seen.phase == Phase.SEARCH)
         is_good &= ~is_bad
@@ -395,7 +403,10 @@ def step(
     is_best = loss.is_best | (seen.num_windows == 0)
     variance = _variance_of_mean(seen)
     spread = variance * seen.window_count
-    calm = jnp.minimum(spread, rule.calm * seen.loss_variance)
+    progress = seen.first_window_mean - seen.best_window_mean
+    least = (rule.least_noise * progress) ** 2
+    most = rule.calm * jnp.maximum(seen.loss_variance, least)
+    calm = jnp.where(progress > 0.0, jnp.minimum(spread, most), spread)
     moved = _start_window(moved)._replace(
         first_window_mean=jnp.where(
             seen.num_windows == 0, seen.window_mean, moved.first_window_mean

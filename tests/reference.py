@@ -233,7 +233,9 @@ class MacroRate:
         if self.num_windows == 0:
             self.first_window_mean, self.loss_variance = mean, spread
         else:
-            calm = min(spread, 2.0 * self.loss_variance)
+            progress = self.first_window_mean - self.best_window_mean
+            most = 2.0 * max(self.loss_variance, (0.1 * progress) ** 2)
+            calm = min(spread, most) if progress > 0.0 else spread
             self.loss_variance += 0.25 * (calm - self.loss_variance)
         if self.num_windows == 0 or self.is_best:
             self.best_window_mean = mean
@@ -283,7 +285,7 @@ class MacroRate:
         if self.phase >= SEARCH and self.is_undone and is_good and is_now:
             # the slope goes on, and the loss is another one: so are the data
             self.first_window_mean = self.best_window_mean = self.mean_and_variance()[0]
-            self.is_undone = self.is_worse = False
+            self.is_undone = self.is_worse = self.is_flat = False
         is_bad = is_bad or (self.is_undone and self.phase == SEARCH)
         is_good = is_good and not is_bad
         is_unclear = has_moved and is_known and not is_good and not is_bad
@@ -308,9 +310,7 @@ class MacroRate:
         elif is_bad:
             self.phase = SEARCH
             self.lower(is_known)
-        elif self.phase == SEARCH and (
-            self.is_flat or (is_unclear and c <= threshold)
-        ):
+        elif self.phase == SEARCH and (self.is_flat or (is_unclear and c <= threshold)):
             self.phase = STEER
         else:
             self.phase = SEARCH if self.phase == SEARCH else STEER
@@ -351,12 +351,13 @@ class MacroRate:
         trust = 0.25 * progress / max(0.25 * progress + self.loss_variance, 1e-30)
         if self.num_audits == 0:
             rho, trust = (-self.good_alignment if self.is_worse else 0.0), 1.0
-        tilt = rho / self.good_alignment
+        tilt = (rho + 0.05) / self.good_alignment
         bold = 0.5 + tilt if self.is_best and self.is_gaining else min(tilt, 0.0)
         is_beyond = c + error < -best
         may_fall = self.anneal or self.is_worse or is_beyond
         bold = min(max(bold, -1.0 if may_fall else 0.0), 2.0)
-        careful = min(max(2.0 * (rho + 0.2), -1.0), 1.0)
+        target = -0.2 if best < 1.0 else 0.0
+        careful = min(max(2.0 * (rho - target), -1.0), 1.0)
         power = trust * bold + (1.0 - trust) * careful
         share = len(self.window) / self.num_macro_steps
         self.scale(self.slow_growth_factor ** (min(1.0, 8.0 * share) * power))
@@ -660,9 +661,8 @@ class ErrorRegulate:
         if not self.audit:
             taken = None
             self.is_moved = may_move
-        elif self.verdict in (ACCEPT, BOUND):
-            if self.anchor_age >= max(every - num_wanted, 1):
-                taken = self.look_back(grads, params, may_move, num_wanted)
+        elif self.is_applied and self.anchor_age >= max(every - num_wanted, 1):
+            taken = self.look_back(grads, params, may_move, num_wanted)
         if self.is_failed:
             self.go_back(REWINDING, "failed audit")
             self.is_harmful = self.is_over = True
@@ -673,6 +673,10 @@ class ErrorRegulate:
         if self.audit and self.is_new_revert and not self.is_started:
             taken = Restart(self.reach if self.is_failed else 0.0)
         return taken
+
+    @property
+    def is_applied(self):
+        return self.verdict in (ACCEPT, BOUND)
 
     def look_back(self, grads, params, may_move, num_wanted):
         alignment = self.alignment_with(grads, params)
