@@ -133,7 +133,8 @@ def look_and_move(
             look = _summed_up(last, is_seen, alignment, weight)
             # Before the first good audit, looks go on until together they are clear.
             error = look.alignment_error
-            is_enough = look.num_looks >= 3.0
+            # three of one weight: a heavy one alone knows no error
+            is_enough = look.look_weight**2 > 2.5 * look.look_weight_square
             is_good = is_enough & (look.alignment > RULE.good_errors * error)
             is_bad = is_enough & (look.alignment < -RULE.bad_errors * error)
             is_still = is_seen & (look.look_square == 0.0)  # params have not moved

@@ -18,6 +18,7 @@ from ._verdict import Verdict
 LARGEST = 1e37  # larger magnitudes are treated as this one: sums must not overflow
 _SMALLEST = 1e-30
 _MANY = 2.0**20  # more steps make no difference
+_HEAVY = 20.0  # logarithm of a weight whose fourth power is a float32
 
 
 class JudgeRule(NamedTuple):
@@ -194,7 +195,7 @@ class Look(NamedTuple):
       is_failed: whether they say that the first steps led nowhere, bool.
       is_moved: whether the anchor is now at the params, bool.
       reach: how far a start went that was too far, float32.
-      alignment: their mean, float32.
+      alignment: their weighed mean, float32.
       alignment_error: its standard error, float32.
       look_sum: see `RegulatorScalars`, as the next six.
       look_square: likewise.
@@ -235,7 +236,8 @@ class Assessment(NamedTuple):
       norm_error: rise of the log norm likewise, float32.
       log_norm: logarithm of the norm, NaN for a norm of 0 or NaN, float32.
       log_limit: logarithm of the norm that a bounded gradient may have, float32.
-      weight: norm in units of its median, at most that of a bounded gradient, float32.
+      weight: norm in units of its median, at most that of a bounded gradient, and in
+        [e^-20, e^20], float32.
       recorded: what the history is to remember of loss and log norm, float32, (2,).
       signals: what they are, float32, (2,).
       is_recorded: which of the two is remembered, bool, (2,).
@@ -377,7 +379,9 @@ def assess(
         norm_error=norm_error,
         log_norm=log_norm,
         log_limit=jnp.where(norm_is_known, limit, LARGEST),
-        weight=jnp.exp(jnp.minimum(log_norm - medians[1], high_limit)),
+        weight=jnp.exp(
+            jnp.clip(log_norm - medians[1], -_HEAVY, jnp.minimum(high_limit, _HEAVY))
+        ),
         recorded=recorded,
         signals=signals,
         is_recorded=is_recorded,
@@ -585,6 +589,7 @@ def learn(
     )
 
     is_told = look.is_taken | look.is_failed
+    is_cleared = is_reverted | decision.is_new_level
     is_passed = look.is_taken & (look.alignment > 0.0)
     scalars = pack(
         RegulatorScalars(
@@ -605,13 +610,13 @@ def learn(
             alignment_error=jnp.where(
                 is_told, look.alignment_error, last.alignment_error
             ),
-            look_sum=jnp.where(is_reverted, 0.0, look.look_sum),
-            look_square=jnp.where(is_reverted, 0.0, look.look_square),
-            look_cross=jnp.where(is_reverted, 0.0, look.look_cross),
-            look_weight=jnp.where(is_reverted, 0.0, look.look_weight),
-            look_weight_square=jnp.where(is_reverted, 0.0, look.look_weight_square),
+            look_sum=jnp.where(is_cleared, 0.0, look.look_sum),
+            look_square=jnp.where(is_cleared, 0.0, look.look_square),
+            look_cross=jnp.where(is_cleared, 0.0, look.look_cross),
+            look_weight=jnp.where(is_cleared, 0.0, look.look_weight),
+            look_weight_square=jnp.where(is_cleared, 0.0, look.look_weight_square),
             look_variance=look.look_variance,
-            num_looks=jnp.where(is_reverted, 0.0, look.num_looks),
+            num_looks=jnp.where(is_cleared, 0.0, look.num_looks),
             verdict=verdict,
             conduct=decision.conduct,
             num_hard=jnp.where(

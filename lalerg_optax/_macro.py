@@ -42,8 +42,8 @@ def under_way(
     """Returns the state as it would be had the search ended at this rate.
 
     How well steps are aligned at smaller rates was never seen. Taken for 1, than which
-    no cosine is larger, it makes for the most careful steps: nothing is a leap worth,
-    and noisy runs are steered to an alignment of 0.
+    no cosine is larger, it makes for the most careful steps: it takes an alignment
+    clearly above a half for a leap, and noisy runs are steered to an alignment of 0.
 
     Args:
       state: a state of `scale_by_macro_rate`.
@@ -117,15 +117,15 @@ def scale_by_macro_rate(
     =========  =====================  ===============================  =========
 
     with :math:`\rho = c / \max(c^*, |c|)`; :math:`c` alone is good where it is above
-    :math:`good\_alignment \cdot c^*`. An audit is *good* where :math:`c - 2 \sigma
-    > good\_alignment \cdot c^*`, *bad* where :math:`c + 2 \sigma` is not; or in SEARCH
-    where the mean loss since the last audit is clearly above the lowest and half of the
-    progress is undone. What a good alignment is, is learnt anew from below after the
-    first good audit. *Nothing is gained* where there was clear progress, and the loss
-    fell clearly less than 1 % of what it would at the pace so far: where it is at its
-    floor, there is nothing to be had from a higher rate. In STEER an alignment clearly
-    above half of the best is followed by a leap, as in SEARCH, while there is anything
-    to gain.
+    :math:`good\_alignment \cdot c^*`. An audit is *good* where :math:`c - 2 \sigma >
+    good\_alignment \cdot c^*` (in START and RESTARTED 0), *bad* where :math:`c + 2
+    \sigma` is not; or in SEARCH where the mean loss since the last audit is clearly
+    above the lowest and half of the progress is undone. What a good alignment is, is
+    learnt anew from below after the first good audit. *Nothing is gained* where there
+    was clear progress, and the loss fell clearly less than 1 % of what it would at the
+    pace so far: where it is at its floor, there is nothing to be had from a higher
+    rate. In STEER an alignment clearly above half of the best is followed by a leap, as
+    in SEARCH, while there is anything to gain.
 
     **STEER.** With :math:`n` the steps since the last audit, :math:`t` all accepted
     steps so far, and :math:`b = 1` if the mean loss of these :math:`n` steps is the
@@ -144,19 +144,21 @@ def scale_by_macro_rate(
 
     with :math:`\rho = c / \max(c^*, |c| + 2 \sigma)`, :math:`v` the variance of a loss
     within a window (average, decay 3/4; a window counts for at most twice the average
-    or twice the square of a tenth of the progress) and the mean losses of the first and
-    of the best window. :math:`e_{bold} \ge 0` unless ``anneal`` is set, the mean loss
-    is clearly above the lowest (by 2 standard errors of the difference, from
-    :math:`v`), or :math:`c + 2 \sigma < -c^*`; it is at least -1. So the rate grows
-    while that pays, and stays where the steps swing across the valley. Where the noise
-    of a loss is as large as all progress, the alignment alone decides. It is steered to
-    a fifth of its best below zero, where it is at rates that are best with a schedule
-    that falls: there the params go to and fro. The weight :math:`w` makes this a matter
-    of the relative length of the run. Where half of the progress is clearly undone (by
-    2 standard errors of the difference), the rate is multiplied by ``backoff`` instead,
-    and a search is over; but if this audit and the average are good, the data are
-    others: the lowest mean loss, and that of the
-    first window, are this one from then on.
+    or twice the square of a tenth of the progress, once there is any) and the mean
+    losses of the first and of the best window. :math:`e_{bold} \ge 0` unless ``anneal``
+    is set, the mean loss is clearly above the lowest (by 2 standard errors of the
+    difference, from :math:`v`), or :math:`c + 2 \sigma < -c^*`; it is at least -1. So
+    the rate grows while that pays, and stays where the steps swing across the valley.
+    Where the noise of a loss is as large as all progress, the alignment alone decides.
+    It is steered to a fifth of its best below zero, where it is at rates that are best
+    with a schedule that falls: there the params go to and fro. With ``anneal`` it is
+    steered to 0.15 of the best above zero instead, and 0 stands in place of 0.05; in a
+    run that was taken up by `adopt`, whose best was never seen, to 0. The weight
+    :math:`w` makes this a matter of the relative length of the run. Where half of the
+    progress is clearly undone (by 2 standard errors of the difference), the rate is
+    multiplied by ``backoff`` instead, and a search is over; but if this audit and the
+    average are good, the data are others: the lowest mean loss, and that of the first
+    window, are this one from then on.
 
     A start that the regulator took back because it led too far is cut to lead a
     thousandth of the norm of the params.

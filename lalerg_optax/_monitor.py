@@ -109,7 +109,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     skips_left              steps that may still be skipped for their norm alone
     avg_value               average of the accepted losses, decay 0.95
     grad_norm               global norm of the gradient before clipping
-    alignment               mean cosine told by the last audit
+    alignment               of gradients with the way back, as told last
     alignment_error         its standard error
     num_audits_passed       audits with a positive alignment (int32)
     anchor_age              accepted steps since the anchor was set (int32)

@@ -266,15 +266,17 @@ def error_regulate(
     :math:`c_i = \langle g, a - p \rangle / (|g| |a - p|)`. When the anchor moves, or
     after n + 5 looks where it is held, ``inner`` is told (extra argument ``audit``)
     :math:`c = \sum w_i c_i / \sum w_i`, with the weights :math:`w_i = |g|` in units of
-    its median (at most what is tolerated, or 16), and its standard error, from the
-    variance :math:`v = \frac{n}{n - 1} \sum w_i^2 (c_i - c)^2 n / (\sum w_i)^2` of a
-    look (averaged over anchors, decay 0.75). :math:`n = 16 v / c^2` looks, with what
-    was told last, tell it to a quarter of itself: so many steps before the anchor is
-    due looks begin, at least 3, and at most when it has moved. And so much longer is
-    the way that they look back on: the 5 steps between anchors become
-    :math:`5 \max(1, n)`, still at most ``anchor_every``. The first
+    its median (at most what is tolerated, or 16), and its standard error
+    :math:`\sqrt{v / N}`. Of N looks the variance of one is :math:`v = \frac{N^2}{N - 1}
+    \sum w_i^2 (c_i - c)^2 / (\sum w_i)^2`, averaged over anchors (decay 0.75).
+    :math:`16 v / c^2` looks, with what was told last, tell it to a quarter of itself.
+    So much longer is the way that they look back on: the 5 steps between anchors become
+    :math:`5 \max(1, 16 v / c^2)`, still at most ``anchor_every``; and n steps before
+    the anchor is due looks begin, with n = 16 v / c^2 rounded down, at least 3 and at
+    most one less than there are between anchors. The first
     audit decides whether the run has begun well, and looks go on until it is clear:
-    with at least 3 of them, mean above 2 standard errors, or 16 of them. A mean below
+    with at least 3 of them (none of which outweighs the others: :math:`(\sum w_i)^2 >
+    2.5 \sum w_i^2`), mean above 2 standard errors, or 16 of them. A mean below
     -3 standard errors says that the first steps led nowhere, and params more than 1 %
     of the anchor's norm away from it that they were too long, whatever they led to (at
     the first try alone: a search from below costs little). REVERT to the start, at most

@@ -39,6 +39,7 @@ class SearchRule(NamedTuple):
         noisy: below 0, because the schedule still has to fall; chosen, as the next
         five, on development tasks of ``benchmarks/noise.py`` and ``decades.py``.
       bold_target: the same where they are not.
+      anneal_target: the same where no schedule is to fall.
       slope: of that steering.
       best_errors: standard errors by which an alignment has to be above the best.
       calm: by how much a window may raise the average variance of a loss, at most, in
@@ -68,6 +69,7 @@ class SearchRule(NamedTuple):
     blind: float = 0.5
     target: float = -0.2
     bold_target: float = -0.05
+    anneal_target: float = 0.15
     slope: float = 2.0
     best_errors: float = 1.0
     calm: float = 2.0
@@ -225,7 +227,8 @@ def _estimate(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScala
         avg_alignment=mean,
         alignment_spread=jnp.where(is_first, noise + drift, (1.0 - gain) * before),
         alignment_noise=left,
-        best_alignment=jnp.maximum(state.best_alignment, clear),
+        # 1 is that of a run that was taken up
+        best_alignment=jnp.maximum(state.best_alignment, jnp.minimum(clear, 0.999)),
         num_audits=count_if(jnp.ones((), jnp.bool_), state.num_audits),
     )
     return choose(audit.alignment != 0.0, new, state)
@@ -286,7 +289,9 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> jax.Array:
     is_blind = state.num_audits == 0  # the loss is all that is known
     down = jnp.where(loss.is_worse, -jnp.asarray(rule.good_alignment), 0.0)
     rho = jnp.where(is_blind, down, rho)
-    tilt = (rho - rule.bold_target) / rule.good_alignment
+    is_annealed = jnp.asarray(rule.anneal)
+    bold_target = jnp.where(is_annealed | is_blind, 0.0, rule.bold_target)
+    tilt = (rho - bold_target) / rule.good_alignment
     bold = jnp.where(
         loss.is_best & loss.is_gaining, rule.gain + tilt, jnp.minimum(tilt, 0.0)
     )
@@ -297,6 +302,7 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> jax.Array:
     # little, and a lower rate is worth more. What is left is where the slope leads.
     # of a run that was taken up at a good rate, the best was never seen
     target = jnp.where(state.best_alignment < 1.0, rule.target, 0.0)
+    target = jnp.where(is_annealed, rule.anneal_target, target)
     careful = jnp.clip(rule.slope * (rho - target), -1.0, 1.0)
     progress = state.first_window_mean - state.best_window_mean
     trust = (rule.noise * jnp.maximum(progress, 0.0)) ** 2
@@ -363,7 +369,10 @@ def step(
         has_moved = audit.alignment != 0.0
         scale = jnp.maximum(best, jnp.abs(mean))
         is_known = best > 0.0
-        threshold = rule.good_alignment * best
+        # a start is good where it leads downhill
+        threshold = rule.good_alignment * jnp.where(
+            seen.phase < Phase.SEARCH, 0.0, best
+        )
         is_good = has_moved & (mean - error > threshold)
         is_bad = has_moved & (mean + error <= threshold)
         # Where the slope goes on and the loss is another one, so are the data: what is
@@ -403,7 +412,7 @@ def step(
     is_best = loss.is_best | (seen.num_windows == 0)
     variance = _variance_of_mean(seen)
     spread = variance * seen.window_count
-    progress = seen.first_window_mean - seen.best_window_mean
+    progress = moved.first_window_mean - moved.best_window_mean
     least = (rule.least_noise * progress) ** 2
     most = rule.calm * jnp.maximum(seen.loss_variance, least)
     calm = jnp.where(progress > 0.0, jnp.minimum(spread, most), spread)

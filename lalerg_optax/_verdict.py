@@ -54,7 +54,7 @@ class Audit(NamedTuple):
 
     Attributes:
       is_taken: whether looks were summed up at this step, bool scalar.
-      alignment: mean cosine between fresh gradients and the way back to the anchor,
+      alignment: of fresh gradients with the way back to the anchor,
         float32 scalar in [-1, 1]. Positive: by the light of batches that they have
         not seen, the steps since the anchor led downhill, and the slope goes on.
         Exactly 0: params did not move at all, or no audit was taken.

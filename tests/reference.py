@@ -278,7 +278,7 @@ class MacroRate:
         c, best = self.avg_alignment, self.best_alignment
         latest, error = error, 2.0 * math.sqrt(self.noise)
         is_known = best > 0.0
-        threshold = self.good_alignment * best
+        threshold = self.good_alignment * (best if self.phase >= SEARCH else 0.0)
         is_bad = has_moved and c + error <= threshold
         is_good = not is_bad and has_moved and c - error > threshold
         is_now = alignment - 2.0 * latest > threshold
@@ -336,7 +336,7 @@ class MacroRate:
             self.spread = (1.0 - gain) * before
             self.noise = (1.0 - gain) ** 2 * self.noise + gain**2 * noise
         clear = self.avg_alignment - math.sqrt(self.noise)
-        self.best_alignment = max(self.best_alignment, clear)
+        self.best_alignment = max(self.best_alignment, min(clear, 0.999))
         self.num_audits += 1
 
     def steer(self):
@@ -351,12 +351,14 @@ class MacroRate:
         trust = 0.25 * progress / max(0.25 * progress + self.loss_variance, 1e-30)
         if self.num_audits == 0:
             rho, trust = (-self.good_alignment if self.is_worse else 0.0), 1.0
-        tilt = (rho + 0.05) / self.good_alignment
+        is_taken = not self.anneal and self.num_audits > 0
+        tilt = (rho + (0.05 if is_taken else 0.0)) / self.good_alignment
         bold = 0.5 + tilt if self.is_best and self.is_gaining else min(tilt, 0.0)
         is_beyond = c + error < -best
         may_fall = self.anneal or self.is_worse or is_beyond
         bold = min(max(bold, -1.0 if may_fall else 0.0), 2.0)
         target = -0.2 if best < 1.0 else 0.0
+        target = 0.15 if self.anneal else target
         careful = min(max(2.0 * (rho - target), -1.0), 1.0)
         power = trust * bold + (1.0 - trust) * careful
         share = len(self.window) / self.num_macro_steps
@@ -682,7 +684,8 @@ class ErrorRegulate:
         alignment = self.alignment_with(grads, params)
         if alignment is not None:
             excess = math.log(global_norm(grads)) - self.norm_median
-            weight = math.exp(min(excess, max(self.norm_tolerance, math.log(16.0))))
+            most = min(max(self.norm_tolerance, math.log(16.0)), 20.0)
+            weight = math.exp(max(min(excess, most), -20.0))
             self.looks.append((weight, alignment))
         n = len(self.looks)
         total = sum(weight for weight, _ in self.looks)
@@ -699,9 +702,10 @@ class ErrorRegulate:
             is_still = alignment is not None and not any(x for _, x in self.looks)
             reach = self.reach_of(params)
             is_far = 1e-2 < reach < math.inf and self.num_reverted == 0
-            is_bad = n >= 3 and mean < -3.0 * error and self.num_reverted < 16
+            is_enough = total**2 > 2.5 * sum(weight**2 for weight, _ in self.looks)
+            is_bad = is_enough and mean < -3.0 * error and self.num_reverted < 16
             self.is_failed = is_bad or is_far
-            is_clear = (n >= 3 and mean > 2.0 * error) or n >= 16 or is_still
+            is_clear = (is_enough and mean > 2.0 * error) or n >= 16 or is_still
             may_move = may_move and is_clear and not self.is_failed
             self.reach = reach if self.is_failed else 0.0
         self.is_moved = may_move
@@ -798,6 +802,7 @@ class ErrorRegulate:
             self.anchor_age = 1
         if self.verdict == REVERT:
             self.anchor_age = 0
+        if self.verdict == REVERT or self.is_new_level:
             self.looks = []
         self.record()
 
