@@ -143,16 +143,15 @@ def scale_by_macro_rate(
         T &= \frac{(L_{first} - L_{best})^2}{(L_{first} - L_{best})^2 + 4 \, v}
 
     with :math:`\rho = c / \max(c^*, |c| + 2 \sigma)`, :math:`v` the variance of a loss
-    within a window (average, decay 3/4; a window counts for at most twice the average
-    or twice the square of a tenth of the progress, once there is any) and the mean
-    losses of the first and of the best window. :math:`e_{bold} \ge 0` unless ``anneal``
+    within a window (average, decay 3/4) and the mean losses of the first and of the
+    best window. :math:`e_{bold} \ge 0` unless ``anneal``
     is set, the mean loss is clearly above the lowest (by 2 standard errors of the
     difference, from :math:`v`), or :math:`c + 2 \sigma < -c^*`; it is at least -1. So
     the rate grows while that pays, and stays where the steps swing across the valley.
     Where the noise of a loss is as large as all progress, the alignment alone decides.
     It is steered to a fifth of its best below zero, where it is at rates that are best
-    with a schedule that falls: there the params go to and fro. With ``anneal`` it is
-    steered to 0.15 of the best above zero instead, and 0 stands in place of 0.05; in a
+    with a schedule that falls: there the params go to and fro. With ``anneal``
+    :math:`e_{careful} = \rho - 0.15` instead, and 0 stands in place of 0.05; in a
     run that was taken up by `adopt`, whose best was never seen, to 0. The weight
     :math:`w` makes this a matter of the relative length of the run. Where half of the
     progress is clearly undone (by 2 standard errors of the difference), the rate is

@@ -37,14 +37,11 @@ class SearchRule(NamedTuple):
       blind: share of a leap to dare where the alignment is not known.
       target: alignment, in units of its best, that is steered for where losses are
         noisy: below 0, because the schedule still has to fall; chosen, as the next
-        five, on development tasks of ``benchmarks/noise.py`` and ``decades.py``.
+        two and `best_errors`, on development tasks of ``benchmarks/noise.py`` and ``decades.py``.
       bold_target: the same where they are not.
       anneal_target: the same where no schedule is to fall.
-      slope: of that steering.
+      slope: of that steering; 1 where no schedule is to fall.
       best_errors: standard errors by which an alignment has to be above the best.
-      calm: by how much a window may raise the average variance of a loss, at most, in
-        units of it: a blow-up does not excuse itself.
-      least_noise: the deviation that does, in units of the progress so far.
       noise: deviation of a loss, in units of the progress so far, at which half of the
         steering is that.
       least_gain: what a window has to gain, in units of the progress that was made at
@@ -72,8 +69,6 @@ class SearchRule(NamedTuple):
     anneal_target: float = 0.15
     slope: float = 2.0
     best_errors: float = 1.0
-    calm: float = 2.0
-    least_noise: float = 0.1
     noise: float = 0.5
     least_gain: float = 0.01
 
@@ -303,7 +298,8 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> jax.Array:
     # of a run that was taken up at a good rate, the best was never seen
     target = jnp.where(state.best_alignment < 1.0, rule.target, 0.0)
     target = jnp.where(is_annealed, rule.anneal_target, target)
-    careful = jnp.clip(rule.slope * (rho - target), -1.0, 1.0)
+    slope = jnp.where(is_annealed, 1.0, rule.slope)
+    careful = jnp.clip(slope * (rho - target), -1.0, 1.0)
     progress = state.first_window_mean - state.best_window_mean
     trust = (rule.noise * jnp.maximum(progress, 0.0)) ** 2
     trust = trust / jnp.maximum(trust + state.loss_variance, 1e-30)
@@ -412,10 +408,6 @@ def step(
     is_best = loss.is_best | (seen.num_windows == 0)
     variance = _variance_of_mean(seen)
     spread = variance * seen.window_count
-    progress = moved.first_window_mean - moved.best_window_mean
-    least = (rule.least_noise * progress) ** 2
-    most = rule.calm * jnp.maximum(seen.loss_variance, least)
-    calm = jnp.where(progress > 0.0, jnp.minimum(spread, most), spread)
     moved = _start_window(moved)._replace(
         first_window_mean=jnp.where(
             seen.num_windows == 0, seen.window_mean, moved.first_window_mean
@@ -423,7 +415,7 @@ def step(
         loss_variance=jnp.where(
             seen.num_windows == 0,
             spread,
-            seen.loss_variance + 0.25 * (calm - seen.loss_variance),
+            seen.loss_variance + 0.25 * (spread - seen.loss_variance),
         ),
         last_window_mean=seen.window_mean,
         last_window_variance=variance,

@@ -233,10 +233,7 @@ class MacroRate:
         if self.num_windows == 0:
             self.first_window_mean, self.loss_variance = mean, spread
         else:
-            progress = self.first_window_mean - self.best_window_mean
-            most = 2.0 * max(self.loss_variance, (0.1 * progress) ** 2)
-            calm = min(spread, most) if progress > 0.0 else spread
-            self.loss_variance += 0.25 * (calm - self.loss_variance)
+            self.loss_variance += 0.25 * (spread - self.loss_variance)
         if self.num_windows == 0 or self.is_best:
             self.best_window_mean = mean
         self.last_window_mean, self.last_window_variance = mean, variance
@@ -359,7 +356,8 @@ class MacroRate:
         bold = min(max(bold, -1.0 if may_fall else 0.0), 2.0)
         target = -0.2 if best < 1.0 else 0.0
         target = 0.15 if self.anneal else target
-        careful = min(max(2.0 * (rho - target), -1.0), 1.0)
+        slope = 1.0 if self.anneal else 2.0
+        careful = min(max(slope * (rho - target), -1.0), 1.0)
         power = trust * bold + (1.0 - trust) * careful
         share = len(self.window) / self.num_macro_steps
         self.scale(self.slow_growth_factor ** (min(1.0, 8.0 * share) * power))

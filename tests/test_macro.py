@@ -268,16 +268,6 @@ def test_noise_as_large_as_all_progress_steers_by_the_alignment_alone(alignment)
     assert driver.window(1e-3, noise=40.0, error=0.1) > 1.0, "a schedule is to come"
 
 
-def test_a_window_excuses_itself_by_no_more_than_twice_the_noise():
-    driver = progressed()  # by 8
-    for _ in range(30):
-        driver.window(0.1, noise=2.0)
-    before = driver.state.loss_variance
-    np.testing.assert_allclose(before, 2.0**2 * 4 / 3, rtol=1e-2)
-    driver.window(0.1, noise=1e3)
-    np.testing.assert_allclose(driver.state.loss_variance, 1.25 * before, rtol=1e-5)
-
-
 @pytest.mark.parametrize("phase", list(Phase))
 def test_harm_cuts_the_rate_in_every_phase_and_empties_the_window(phase):
     driver = Driver()
