@@ -36,8 +36,9 @@ class SearchRule(NamedTuple):
       boldest: exponent of the largest growth: hardly more than a cut takes.
       blind: share of a leap to dare where the alignment is not known.
       target: alignment, in units of its best, that is steered for where losses are
-        noisy: below 0, because the schedule still has to fall; chosen, as the next
-        two and `best_errors`, on development tasks of ``benchmarks/noise.py`` and ``decades.py``.
+        noisy: below 0, because the schedule still has to fall; chosen, as the next one,
+        `slope` and `best_errors`, on development tasks of ``benchmarks/noise.py`` and
+        ``benchmarks/decades.py``.
       bold_target: the same where they are not.
       anneal_target: the same where no schedule is to fall.
       slope: of that steering; 1 where no schedule is to fall.
