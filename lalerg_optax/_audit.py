@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from ._anchor import look_back, move
-from ._judge import Look, RegulatorScalars
+from ._judge import LOOKS, Look, RegulatorScalars
 from ._scalars import Scalars, pack, read, unpack
 
 
@@ -147,21 +147,11 @@ def look_and_move(
             is_moved = may_move & ~is_failed & (is_started | is_clear)
             # where the anchor is held, what is seen of it is told all the same
             is_held = is_started & (look.num_looks >= num_wanted + RULE.held_looks)
-            is_over = is_moved | is_failed | is_held
             look = look._replace(
                 reach=jnp.where(is_failed, reach, 0.0),
                 is_taken=(is_moved | is_held) & (look.num_looks > 0.0),
                 is_failed=is_failed,
                 is_moved=is_moved,
-                look_sum=jnp.where(is_over, 0.0, look.look_sum),
-                look_cross=jnp.where(is_over, 0.0, look.look_cross),
-                look_weight=jnp.where(is_over, 0.0, look.look_weight),
-                look_weight_square=jnp.where(is_over, 0.0, look.look_weight_square),
-                look_square=jnp.where(is_over, 0.0, look.look_square),
-                look_variance=jnp.where(
-                    is_over, look.look_variance, last.look_variance
-                ),
-                num_looks=jnp.where(is_over, 0.0, look.num_looks),
             )
         # Read back, or XLA repeats the sums that this hangs on, over all leaves, in the
         # kernel of each.
@@ -169,17 +159,8 @@ def look_and_move(
         return move(read(Look, told, "is_moved"), anchor, params), told
 
     def keep() -> tuple[optax.Params, Scalars]:
-        return anchor, pack(
-            Look(
-                look_sum=last.look_sum,
-                look_square=last.look_square,
-                look_cross=last.look_cross,
-                look_weight=last.look_weight,
-                look_weight_square=last.look_weight_square,
-                look_variance=last.look_variance,
-                num_looks=last.num_looks,
-            )
-        )
+        looks = {name: getattr(last, name) for name in LOOKS} if audit else {}
+        return anchor, pack(Look(**looks))
 
     # The branch that passes a buffer through has to be the false one: as the true
     # one it costs a copy (https://github.com/jax-ml/jax/issues/39449).

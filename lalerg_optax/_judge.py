@@ -222,6 +222,16 @@ class Look(NamedTuple):
     num_looks: Any = 0.0
 
 
+LOOKS = (  # what is summed up from look to look, until it is told
+    "look_sum",
+    "look_square",
+    "look_cross",
+    "look_weight",
+    "look_weight_square",
+    "num_looks",
+)
+
+
 class Assessment(NamedTuple):
     """What a step looks like, before anything is decided or remembered.
 
@@ -589,7 +599,8 @@ def learn(
     )
 
     is_told = look.is_taken | look.is_failed
-    is_cleared = is_reverted | decision.is_new_level
+    is_cleared = is_told | is_reverted | decision.is_new_level
+    looks = {name: jnp.where(is_cleared, 0.0, getattr(look, name)) for name in LOOKS}
     is_passed = look.is_taken & (look.alignment > 0.0)
     scalars = pack(
         RegulatorScalars(
@@ -610,13 +621,8 @@ def learn(
             alignment_error=jnp.where(
                 is_told, look.alignment_error, last.alignment_error
             ),
-            look_sum=jnp.where(is_cleared, 0.0, look.look_sum),
-            look_square=jnp.where(is_cleared, 0.0, look.look_square),
-            look_cross=jnp.where(is_cleared, 0.0, look.look_cross),
-            look_weight=jnp.where(is_cleared, 0.0, look.look_weight),
-            look_weight_square=jnp.where(is_cleared, 0.0, look.look_weight_square),
-            look_variance=look.look_variance,
-            num_looks=jnp.where(is_cleared, 0.0, look.num_looks),
+            look_variance=jnp.where(is_told, look.look_variance, last.look_variance),
+            **looks,
             verdict=verdict,
             conduct=decision.conduct,
             num_hard=jnp.where(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ._judge import RegulatorScalars
+from ._judge import LOOKS, RegulatorScalars
 from ._local import LocalView
 from ._macro import ScaleByMacroRateState
 from ._micro import ScaleByMicroRateState
@@ -22,13 +22,8 @@ _INTERNAL = (
     "peak_doubt",
     "harmless_doubt",
     "num_well",
-    "look_sum",
-    "look_square",
-    "look_cross",
-    "look_weight",
-    "look_weight_square",
     "look_variance",
-    "num_looks",
+    *LOOKS,
 )
 _REGULATOR_FIELDS = tuple(
     name for name in RegulatorScalars._fields if name not in _INTERNAL

@@ -14,6 +14,20 @@ from ._verdict import Audit
 LARGEST_LOSS = 1e16  # its square, times the length of most windows, is a float32
 
 
+class Steering(NamedTuple):
+    """Which alignment, in units of its best, a rate is steered to once it is found.
+
+    Attributes:
+      target: where the loss is too noisy to go by.
+      slope: of that steering.
+      bold_target: where it is not.
+    """
+
+    target: Any
+    slope: Any
+    bold_target: Any
+
+
 class SearchRule(NamedTuple):
     """Numbers of the search; those that users see may be traced.
 
@@ -35,13 +49,10 @@ class SearchRule(NamedTuple):
       gain: exponent of a growth that the loss alone speaks for.
       boldest: exponent of the largest growth: hardly more than a cut takes.
       blind: share of a leap to dare where the alignment is not known.
-      target: alignment, in units of its best, that is steered for where losses are
-        noisy: below 0, because the schedule still has to fall; chosen, as the next one,
-        `slope` and `best_errors`, on development tasks of ``benchmarks/noise.py`` and
+      scheduled: how to steer where a schedule is still to fall: to below 0. Chosen, as
+        `best_errors`, on development tasks of ``benchmarks/noise.py`` and
         ``benchmarks/decades.py``.
-      bold_target: the same where they are not.
-      anneal_target: the same where no schedule is to fall.
-      slope: of that steering; 1 where no schedule is to fall.
+      annealed: how to steer where there is none.
       best_errors: standard errors by which an alignment has to be above the best.
       noise: deviation of a loss, in units of the progress so far, at which half of the
         steering is that.
@@ -65,10 +76,8 @@ class SearchRule(NamedTuple):
     gain: float = 0.5
     boldest: float = 2.0
     blind: float = 0.5
-    target: float = -0.2
-    bold_target: float = -0.05
-    anneal_target: float = 0.15
-    slope: float = 2.0
+    scheduled: Steering = Steering(target=-0.2, slope=2.0, bold_target=-0.05)
+    annealed: Steering = Steering(target=0.15, slope=1.0, bold_target=0.0)
     best_errors: float = 1.0
     noise: float = 0.5
     least_gain: float = 0.01
@@ -285,9 +294,11 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> jax.Array:
     is_blind = state.num_audits == 0  # the loss is all that is known
     down = jnp.where(loss.is_worse, -jnp.asarray(rule.good_alignment), 0.0)
     rho = jnp.where(is_blind, down, rho)
-    is_annealed = jnp.asarray(rule.anneal)
-    bold_target = jnp.where(is_annealed | is_blind, 0.0, rule.bold_target)
-    tilt = (rho - bold_target) / rule.good_alignment
+    steering = jax.tree.map(
+        functools.partial(jnp.where, rule.anneal), rule.annealed, rule.scheduled
+    )
+    tilt = rho - jnp.where(is_blind, 0.0, steering.bold_target)
+    tilt = tilt / rule.good_alignment
     bold = jnp.where(
         loss.is_best & loss.is_gaining, rule.gain + tilt, jnp.minimum(tilt, 0.0)
     )
@@ -295,12 +306,11 @@ def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> jax.Array:
     may_fall = jnp.asarray(rule.anneal) | loss.is_worse | is_beyond
     bold = jnp.maximum(bold, jnp.where(may_fall, -1.0, 0.0))
     # Where the noise of a loss is as large as all progress, a window of them tells
-    # little, and a lower rate is worth more. What is left is where the slope leads.
-    # of a run that was taken up at a good rate, the best was never seen
-    target = jnp.where(state.best_alignment < 1.0, rule.target, 0.0)
-    target = jnp.where(is_annealed, rule.anneal_target, target)
-    slope = jnp.where(is_annealed, 1.0, rule.slope)
-    careful = jnp.clip(slope * (rho - target), -1.0, 1.0)
+    # little. What is left is where the slope leads. Of a run that was taken up at a
+    # good rate the best was never seen: it is not pushed beyond the bottom.
+    is_seen = state.best_alignment < 1.0
+    target = jnp.where(is_seen, steering.target, jnp.maximum(steering.target, 0.0))
+    careful = jnp.clip(steering.slope * (rho - target), -1.0, 1.0)
     progress = state.first_window_mean - state.best_window_mean
     trust = (rule.noise * jnp.maximum(progress, 0.0)) ** 2
     trust = trust / jnp.maximum(trust + state.loss_variance, 1e-30)

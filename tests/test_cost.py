@@ -128,8 +128,8 @@ def test_scalars_of_a_step_are_written_by_few_kernels():
         return len(re.findall(r" fusion\(", text))
 
     # fifty scalars of regulator and macro level, and the logic of all of them; the
-    # limit that is set is 49, which they do not meet (looks with weights take 8)
-    assert num_kernels(lo.lalerg()) <= num_kernels(optax.adamw(1e-3)) + 76
+    # limit that is set is 49, which they do not meet
+    assert num_kernels(lo.lalerg()) <= num_kernels(optax.adamw(1e-3)) + 67
 
 
 @pytest.mark.parametrize(

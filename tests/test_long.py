@@ -64,20 +64,14 @@ def test_memory_does_not_grow_with_the_length_of_a_run():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "search",
-    [
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=False, reason="open: fails on JAX 0.10, cause not yet known"
-            ),
-        ),
-        False,
-    ],
-)
+@pytest.mark.parametrize("search", [True, False])
 def test_a_million_steps_with_faults_end_where_they_should(search):
     tx = lo.lalerg(1e-2, search=search)
+    # the first two steps lead further than 1 % of the params: with search they are
+    # taken back on the next two, and the moments begin anew
+    _, begun, *_ = jax.jit(functools.partial(faulty_bowl, tx, 4, 0))()
+    num_forgotten = 2 if search else 0
+    assert lo.metrics(begun)["num_reverted"] == num_forgotten
     params, state, num_faults, worst = jax.jit(
         functools.partial(faulty_bowl, tx, NUM_STEPS, 0)
     )()
@@ -91,7 +85,7 @@ def test_a_million_steps_with_faults_end_where_they_should(search):
     assert 0.9 * num_faults < rejected + report["num_bounded"] < 1.2 * num_faults
     assert rejected > 0.4 * num_faults
     (micro,) = find_states(state, lo.ScaleByMicroRateState).values()
-    assert micro.micro_count == report["num_accepted"]
+    assert micro.micro_count == report["num_accepted"] - num_forgotten
     assert micro.num_micro_held == report["num_macro_held"] == rejected
     assert report["damping"] > 0.2
     assert 0.005 < report["avg_value"] < 0.5
