@@ -120,12 +120,12 @@ def scale_by_macro_rate(
     :math:`good\_alignment \cdot c^*`. An audit is *good* where :math:`c - 2 \sigma >
     good\_alignment \cdot c^*` (in START and RESTARTED 0), *bad* where :math:`c + 2
     \sigma` is not; or in SEARCH where the mean loss since the last audit is clearly
-    above the lowest and half of the progress is undone. What a good alignment is, is
-    learnt anew from below after the first good audit. *Nothing is gained* where there
-    was clear progress, and the loss fell clearly less than 1 % of what it would at the
-    pace so far: where it is at its floor, there is nothing to be had from a higher
-    rate. In STEER an alignment clearly above half of the best is followed by a leap, as
-    in SEARCH, while there is anything to gain.
+    above the lowest, half of the progress is undone, and it was less in the window
+    before. What a good alignment is, is learnt anew from below after the first good
+    audit. *Nothing is gained* where there was clear progress, and the loss fell clearly
+    less than 1 % of what it would at the pace so far: where it is at its floor, there
+    is nothing to be had from a higher rate. In STEER an alignment clearly above half of
+    the best is followed by a leap, as in SEARCH, while there is anything to gain.
 
     **STEER.** With :math:`n` the steps since the last audit, :math:`t` all accepted
     steps so far, and :math:`b = 1` if the mean loss of these :math:`n` steps is the
@@ -144,20 +144,21 @@ def scale_by_macro_rate(
 
     with :math:`\rho = c / \max(c^*, |c| + 2 \sigma)`, :math:`v` the variance of a loss
     within a window (average, decay 3/4) and the mean losses of the first and of the
-    best window. :math:`e_{bold} \ge 0` unless ``anneal``
-    is set, the mean loss is clearly above the lowest (by 2 standard errors of the
-    difference, from :math:`v`), or :math:`c + 2 \sigma < -c^*`; it is at least -1. So
-    the rate grows while that pays, and stays where the steps swing across the valley.
-    Where the noise of a loss is as large as all progress, the alignment alone decides.
-    It is steered to a fifth of its best below zero, where it is at rates that are best
-    with a schedule that falls: there the params go to and fro. With ``anneal``
-    :math:`e_{careful} = \rho - 0.15` instead, and 0 stands in place of 0.05; in a
-    run that was taken up by `adopt`, whose best was never seen, to 0. The weight
-    :math:`w` makes this a matter of the relative length of the run. Where half of the
-    progress is clearly undone (by 2 standard errors of the difference), the rate is
-    multiplied by ``backoff`` instead, and a search is over; but if this audit and the
-    average are good, the data are others: the lowest mean loss, and that of the first
-    window, are this one from then on.
+    best window. :math:`e_{bold} \ge 0` unless ``anneal`` is set, the mean loss is
+    clearly above the lowest (by 2 standard errors of the difference, from :math:`v`),
+    or :math:`c + 2 \sigma < -c^*`; it is at least -1. So the rate grows while that
+    pays, and stays where the steps swing across the valley. Where the noise of a loss
+    is as large as all progress, the alignment alone decides. It is steered to a fifth
+    of its best below zero, where it is at rates that are best with a schedule that
+    falls: there the params go to and fro. With ``anneal`` :math:`e_{careful} = \rho -
+    0.15` instead, and 0 stands in place of 0.05; in a run that was taken up by `adopt`,
+    whose best was never seen, to 0. The weight :math:`w` makes this a matter of the
+    relative length of the run. Where half of the progress is clearly undone (by 2
+    standard errors of the difference), and the mean loss still rises, the rate is
+    multiplied by ``backoff`` instead, and a search is over: one that comes down again
+    is not helped by another cut. But if this audit and the average are good, the data
+    are others: the lowest mean loss, and that of the first window, are this one from
+    then on.
 
     A start that the regulator took back because it led too far is cut to lead a
     thousandth of the norm of the params.

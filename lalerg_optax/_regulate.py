@@ -289,14 +289,14 @@ def error_regulate(
     bit for bit, unless ``p`` is not finite. `apply_updates` gives ``a`` at once in
     every case, and to a single entry that is not finite on every step.
 
-    Two forms. *Nested*, ``error_regulate(inner)``: ``inner`` sees a zero gradient, a
-    ``value`` that is always usable, the verdict (extra argument ``verdict``) and
-    whether updates did harm (``is_harmful``); links of this package then keep their
-    state. A scalar in the state of ``inner`` that
-    becomes NaN or infinite keeps its last value.
-    ``optax.lookahead`` has to be all of ``inner``; params are its
-    ``optax.LookaheadParams``, which go back together, and gradients are like them:
-    ``jax.grad(lambda params: loss(params.fast))(params)``.
+    Two forms. *Nested*, ``error_regulate(inner)``: ``inner`` sees nothing of a rejected
+    batch: a zero gradient, for ``value`` the average loss, the verdict (extra argument
+    ``verdict``) and whether updates did harm (``is_harmful``); links of this package
+    then keep their state. Of a bounded batch it sees a bounded gradient, and for
+    ``value`` what the window remembers of the loss. A scalar in the state of ``inner``
+    that becomes NaN or infinite keeps its last value. ``optax.lookahead`` has to be all
+    of ``inner``; params are its ``optax.LookaheadParams``, which go back together, and
+    gradients are like them: ``jax.grad(lambda params: loss(params.fast))(params)``.
 
     *Flat*, ``error_regulate()`` at the end of a chain: the incoming updates are no
     gradients and their size follows the schedule, so only the loss is judged, and
@@ -485,7 +485,11 @@ def error_regulate(
             params,
             value=None
             if value is None
-            else jnp.where(is_open, seen.signals[0], avg_value),
+            else jnp.where(
+                is_open,
+                jnp.where(verdict == Verdict.BOUND, seen.recorded[0], seen.signals[0]),
+                avg_value,
+            ),
             **extra_args,
         )
 

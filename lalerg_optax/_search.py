@@ -201,7 +201,10 @@ def _compare(state: MacroScalars, rule: SearchRule, has_value: bool) -> _Loss:
     return _Loss(
         is_best=(is_first | (rise < 0.0)) & has_value,
         is_worse=is_worse,
-        is_undone=is_worse & is_clear & (2.0 * (rise - margin) > best_progress),
+        is_undone=is_worse
+        & is_clear
+        & (2.0 * (rise - margin) > best_progress)
+        & (state.window_mean > state.last_window_mean),
         is_gaining=is_first | (-rise > least),
         is_flat=is_clear & (jnp.minimum(margin, close) - rise < least),
     )

@@ -221,7 +221,8 @@ class MacroRate:
         self.is_best = self.has_value and (is_first or rise < 0.0)
         self.is_worse = self.has_value and not is_first and rise > margin
         is_half = 2.0 * (rise - margin) > progress
-        self.is_undone = self.is_worse and is_clear and is_half
+        is_rising = mean > self.last_window_mean
+        self.is_undone = self.is_worse and is_clear and is_half and is_rising
         self.is_gaining = is_first or -rise > least
         close = min(margin, 2.0 * math.sqrt(2.0 * variance))
         self.is_flat = is_clear and close - rise < least
@@ -804,6 +805,18 @@ class ErrorRegulate:
             self.looks = []
         self.record()
 
+    @property
+    def share(self):
+        """Returns what of the tolerance an alarm is remembered as."""
+        return min(1.5 * 1.645 / self.threshold, 1.0)
+
+    def remembered_loss(self):
+        """Returns the loss; that of an alarm is clipped."""
+        is_alarm = self.loss_is_known and self.scaled_error > 1.0
+        if is_alarm and math.isfinite(self.loss):
+            return self.loss_median + self.share * self.loss_tolerance
+        return self.loss
+
     def record(self):
         """Records loss and norm in their windows; an alarm is clipped."""
         if self.is_failed or self.is_new_level:
@@ -812,13 +825,10 @@ class ErrorRegulate:
             return
         loss, log_norm = self.loss, self.log_norm
         if not self.is_new_level:
-            share = min(1.5 * 1.645 / self.threshold, 1.0)
-            is_alarm = self.loss_is_known and self.scaled_error > 1.0
-            if is_alarm and math.isfinite(loss):
-                loss = self.loss_median + share * self.loss_tolerance
+            loss = self.remembered_loss()
             is_alarm = self.norm_is_known and self.norm_rise > 1.0
             if is_alarm and math.isfinite(log_norm):
-                log_norm = self.norm_median + share * self.norm_tolerance
+                log_norm = self.norm_median + self.share * self.norm_tolerance
             if (self.is_high or self.is_odd) and not self.loss_is_known:
                 loss = math.nan
             if (self.is_high or self.is_odd) and not self.norm_is_known:
@@ -849,6 +859,8 @@ class ErrorRegulate:
             if self.norm > limit:
                 grads = grads * (limit / self.norm)
             value = self.loss if self.has_value else None
+            if self.has_value and self.verdict == BOUND:
+                value = self.remembered_loss()
         else:
             grads = np.zeros_like(params)
             value = self.avg_value if self.has_value else None

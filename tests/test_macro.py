@@ -181,6 +181,7 @@ def test_a_search_under_which_half_of_the_progress_is_undone_is_over():
     assert driver.phase is Phase.STEER
     assert driver.rate == rate / 2.0
     assert driver.window(0.1, value=4.5) == 0.5, "and so it goes on"
+    assert driver.window(0.1, value=4.4) > 0.5, "but not while the loss comes down"
 
 
 def test_a_search_goes_on_where_the_slope_does_and_the_loss_is_that_of_other_data():

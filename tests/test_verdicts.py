@@ -127,6 +127,10 @@ def test_inner_is_handed_verdicts_and_a_loss_that_is_always_usable():
     assert np.all(np.isfinite(values))
     assert exceptions([int(now["verdict"]) for now in seen]) == {40: BOUND, 50: SKIP}
     assert not any(now["is_harmful"] for now in seen)
+    before = np.sort(losses[:40])
+    # with the 95th percentile there, 6 spreads would be 1.5 times as wide as they were
+    wider = 1.5 * (before[38] - before[19])
+    np.testing.assert_allclose(values[40] - before[19], wider, rtol=1e-4)
     assert 0.9 < values[50] < 1.1, "the average"
     is_usual = np.delete(np.arange(60), [40, 50])
     np.testing.assert_array_equal(values[is_usual], losses[is_usual])
