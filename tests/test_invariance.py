@@ -16,11 +16,11 @@ INPUTS = RNG.standard_normal((NUM_STEPS, 16, 6)).astype(np.float32)
 TARGETS = np.tanh(INPUTS @ RNG.standard_normal((6, 4))).astype(np.float32)
 POISON = slice(200, 204)
 OPTIMIZERS = {
-    "lalerg": lambda: lo.lalerg(1e-4),
+    "lalerg": lambda: lo.lalerg(1e-4, eps=0.0),
     "lalerg with a schedule": lambda: lo.lalerg(
-        optax.linear_schedule(1.0, 0.0, NUM_STEPS)
+        optax.linear_schedule(1.0, 0.0, NUM_STEPS), eps=0.0
     ),
-    "lalerg without search": lambda: lo.lalerg(1e-2, search=False),
+    "lalerg without search": lambda: lo.lalerg(1e-2, search=False, eps=0.0),
     "adamw": lambda: lo.error_regulate(optax.adamw(1e-2, eps=0.0)),
 }
 
@@ -69,6 +69,6 @@ def test_units_and_level_of_the_loss_change_nothing(name, scale, shift):
     assert {lo.Verdict.BOUND, lo.Verdict.REVERT} <= set(verdicts.tolist())
     others = run(name, scale, shift)
     np.testing.assert_array_equal(others[0], verdicts)
-    np.testing.assert_allclose(others[1], rates, rtol=5e-3)  # eps
+    np.testing.assert_allclose(others[1], rates, rtol=5e-3)
     for key, p in params.items():
         np.testing.assert_allclose(others[2][key], p, rtol=2e-2, atol=2e-3)
