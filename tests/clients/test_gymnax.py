@@ -15,9 +15,11 @@ from client_packages import import_client
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
+from lalerg_optax._verdict import is_applied
 
 gymnax = import_client("gymnax")
 
+NUM_SEEDS = 8  # of one, the length of an episode tells little
 NUM_UPDATES, NUM_EPOCHS, NUM_ENVS, LENGTH = 40, 4, 16, 64
 DISCOUNT, SMOOTHING, CLIP = 0.99, 0.95, 0.2
 OPTIMIZERS = {
@@ -28,6 +30,7 @@ OPTIMIZERS = {
     "adam": lambda: optax.with_extra_args_support(optax.adam(5e-3)),
 }
 OURS = [name for name in OPTIMIZERS if name != "adam"]
+REJECTED = (Verdict.SKIP, Verdict.REVERT)
 
 
 class Step(NamedTuple):
@@ -108,7 +111,10 @@ def loss_fn(params, steps, advantage):
 
 @functools.cache
 def train(name, poisoned_update=None):
-    """Returns params, losses, verdicts and lengths of an episode, update by update."""
+    """Returns params, losses, verdicts and lengths of an episode.
+
+    Each has a leading axis for the seed, and all but the params one for the update.
+    """
     tx = OPTIMIZERS[name]()
     env, env_params = gymnax.make("CartPole-v1")
 
@@ -134,26 +140,30 @@ def train(name, poisoned_update=None):
         length = LENGTH * NUM_ENVS / (1.0 + steps.is_over.sum())
         return (*carry, envs), (*told, length)
 
-    keys = jax.random.split(jax.random.key(0), 2 + NUM_UPDATES)
-    params = init_params(keys[0])
-    reset = jax.vmap(env.reset, in_axes=(0, None))
-    envs = reset(jax.random.split(keys[1], NUM_ENVS), env_params)
-    run = jax.jit(lambda carry, keys: jax.lax.scan(update, carry, keys))
-    carry, told = run(
-        (params, tx.init(params), envs), (jnp.arange(NUM_UPDATES), keys[2:])
-    )
-    return carry[0], *map(np.asarray, told)
+    def run(key):
+        keys = jax.random.split(key, 2 + NUM_UPDATES)
+        params = init_params(keys[0])
+        reset = jax.vmap(env.reset, in_axes=(0, None))
+        envs = reset(jax.random.split(keys[1], NUM_ENVS), env_params)
+        carry = params, tx.init(params), envs
+        carry, told = jax.lax.scan(update, carry, (jnp.arange(NUM_UPDATES), keys[2:]))
+        return carry[0], *told
+
+    keys = jax.random.split(jax.random.key(0), NUM_SEEDS)
+    params, *told = jax.jit(jax.vmap(run))(keys)
+    return params, *map(np.asarray, told)
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_policy_learns_as_fast_as_with_adam_and_is_left_alone(name):
     _, losses, verdicts, lengths = train(name)
     *_, bare = train("adam")
-    assert losses.max() > 1.5 * losses[0, 0]
-    assert lengths[-5:].mean() > max(3 * lengths[0], 0.8 * bare[-5:].mean())
-    assert np.sum(verdicts == Verdict.SKIP) <= 2
-    # the rise of the loss is taken for a drift once, where the loss is looked at
-    assert np.sum(verdicts == Verdict.REVERT) <= (0 if "no value" in name else 2)
+    assert np.all(losses.max(axis=(1, 2)) > 1.5 * losses[:, 0, 0])
+    at_the_end = lengths[:, -5:].mean()
+    assert at_the_end > 3 * lengths[:, 0].mean()
+    assert at_the_end > 0.7 * bare[:, -5:].mean()
+    num_rejected = [np.sum(verdicts == v, axis=(1, 2)) for v in REJECTED]
+    assert np.max(num_rejected) <= 4, "of 160 steps"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -162,6 +172,6 @@ def test_an_update_of_nans_is_survived(name):
     is_finite = all(bool(np.all(np.isfinite(p))) for p in params.values())
     assert is_finite == (name != "adam")
     if name in OURS:
-        assert np.all(verdicts[10] != Verdict.ACCEPT)
-        assert verdicts[11, 0] == Verdict.ACCEPT
-        assert lengths[-5:].mean() > 2 * lengths[0]
+        assert not np.any(is_applied(verdicts[:, 10]))
+        assert np.all(is_applied(verdicts[:, 11, 2:])), "once the params are back"
+        assert lengths[:, -5:].mean() > 3 * lengths[:, 0].mean()
