@@ -230,7 +230,15 @@ def draw(runs: Runs, path: str) -> None:
     for label, mark in zip(labels, MARKS.values(), strict=True):
         handles.append(Line2D([], [], color=mark, marker="|", ls="", label=label))
     handles.append(Patch(color=POISON_COLOR, label="bad batches"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=6,
+        frameon=False,
+        columnspacing=1.0,
+        handlelength=1.2,
+        fontsize="small",
+    )
     note = (
         "Thin: loss of each batch. Thick: running median. Percentages: test accuracy."
     )
