@@ -19,11 +19,13 @@ class AuditRule(NamedTuple):
     Attributes:
       num_early: steps before the anchor is due on which there is a look, too: with that
         at the move, so many looks tell their own standard error. Noise asks for more.
+      clear_errors: standard errors from zero at which an audit is over.
       most_looks: looks after which an unclear start counts as a start.
       good_errors: standard errors above zero at which a start is good.
       bad_errors: standard errors below zero at which it has failed; more, because it
         costs what was learnt, and because looks at one anchor have a way in common.
       most_reach: how far the first steps may lead, in units of the params.
+      far_restarts: times that a start may be taken back because of that.
       most_restarts: times that a run may begin anew: where nobody lowers the rate, a
         start that fails once fails for ever.
       held_looks: by how many more looks are summed up where the anchor does not move.
@@ -31,11 +33,13 @@ class AuditRule(NamedTuple):
     """
 
     num_early: int = 3
+    clear_errors: float = 4.0
     most_looks: float = 16.0
     good_errors: float = 2.0
     bad_errors: float = 3.0
     most_reach: float = 1e-2
     most_restarts: int = 8
+    far_restarts: int = 2
     held_looks: float = 5.0
     variance_decay: float = 0.75
 
@@ -91,6 +95,7 @@ def _summed_up(
 def look_and_move(
     is_due: jax.Array,
     may_move: jax.Array,
+    is_late: jax.Array,
     num_wanted: jax.Array,
     is_started: jax.Array,
     weight: jax.Array,
@@ -112,6 +117,7 @@ def look_and_move(
     Args:
       is_due: whether there is anything to do, bool scalar.
       may_move: whether the anchor may move if what is seen allows it, bool scalar.
+      is_late: whether it is to move though that is not clear yet, bool scalar.
       num_wanted: looks that are wanted before the anchor moves, int32 scalar.
       is_started: whether the run has begun well, bool scalar.
       weight: of this look, float32 scalar.
@@ -141,10 +147,13 @@ def look_and_move(
             is_clear = is_good | is_still | (look.num_looks >= RULE.most_looks)
             # A search from far below costs little, one from above may cost the run.
             is_far = reach > RULE.most_reach
-            is_far &= last.num_reverted == 0
+            is_far &= last.num_reverted < 2 * RULE.far_restarts
             is_bad &= last.num_reverted < 2 * RULE.most_restarts  # of two steps each
             is_failed = (is_bad | is_far) & ~is_started
-            is_moved = may_move & ~is_failed & (is_started | is_clear)
+            # Afterwards until the way is long enough, or clearly up or down.
+            is_told = jnp.abs(look.alignment) > RULE.clear_errors * error
+            is_told = is_late | (is_enough & is_told)
+            is_moved = may_move & ~is_failed & jnp.where(is_started, is_told, is_clear)
             # where the anchor is held, what is seen of it is told all the same
             is_held = is_started & (look.num_looks >= num_wanted + RULE.held_looks)
             look = look._replace(

@@ -55,8 +55,12 @@ class JudgeRule(NamedTuple):
       healthy: errors below this are fit to be gone back to.
       fall: to which share of what it was an error falls when hard data end.
       min_damping: lower bound of the damping.
-      noise_steps: by how much that is longer, for each variance of a look in units of
-        the squared alignment.
+      noise_steps: looks of an audit, and at most so much longer a way that they look
+        back on, for each variance of a look in units of the squared alignment.
+      least_steps: by how much that is longer at least, in units of the largest squared
+        alignment of late; chosen on development tasks of ``benchmarks/noise.py`` and
+        ``benchmarks/decades.py``.
+      scale_decay: of the largest alignment of late, at an audit.
       min_anchor_every: accepted steps between anchors at first; odd, so that a swing
         to and fro is not back at its start.
     """
@@ -85,6 +89,8 @@ class JudgeRule(NamedTuple):
     fall: float = 1.0 / 16.0
     min_damping: float = 2.0**-10
     noise_steps: float = 16.0
+    least_steps: float = 3.0
+    scale_decay: float = 0.75
     min_anchor_every: int = 5
 
 
@@ -130,6 +136,7 @@ class RegulatorScalars(NamedTuple):
         the anchor, float32.
       alignment: what the last audit told, in [-1, 1], float32.
       alignment_error: its standard error, float32.
+      alignment_scale: the largest of late, less its standard error, in [0, 1], float32.
       look_sum: sum of the alignments that were looked at since the anchor, each
         times its weight, float32.
       look_square: sum of the squares of these products, float32.
@@ -166,6 +173,7 @@ class RegulatorScalars(NamedTuple):
     harmless_doubt: Any = 0.0
     alignment: Any = 0.0
     alignment_error: Any = 0.0
+    alignment_scale: Any = 0.0
     look_sum: Any = 0.0
     look_square: Any = 0.0
     look_cross: Any = 0.0
@@ -620,6 +628,14 @@ def learn(
             alignment=jnp.where(is_told, look.alignment, last.alignment),
             alignment_error=jnp.where(
                 is_told, look.alignment_error, last.alignment_error
+            ),
+            alignment_scale=jnp.where(
+                is_told,
+                jnp.maximum(
+                    jnp.abs(look.alignment) - look.alignment_error,
+                    rule.scale_decay * last.alignment_scale,
+                ),
+                last.alignment_scale,
             ),
             look_variance=jnp.where(is_told, look.look_variance, last.look_variance),
             **looks,

@@ -122,10 +122,11 @@ def scale_by_macro_rate(
     \sigma` is not; or in SEARCH where the mean loss since the last audit is clearly
     above the lowest, half of the progress is undone, and it was less in the window
     before. What a good alignment is, is learnt anew from below after the first good
-    audit. *Nothing is gained* where there was clear progress, and the loss fell clearly
-    less than 1 % of what it would at the pace so far: where it is at its floor, there
-    is nothing to be had from a higher rate. In STEER an alignment clearly above half of
-    the best is followed by a leap, as in SEARCH, while there is anything to gain.
+    audit, and the first window is the last one before that. *Nothing is gained* where
+    there was clear progress, and the loss fell clearly less than 1 % of what it would
+    at the pace so far: where it is at its floor, there is nothing to be had from a
+    higher rate. In STEER an alignment clearly above half of the best is followed by a
+    leap, as in SEARCH, while there is anything to gain.
 
     **STEER.** With :math:`n` the steps since the last audit, :math:`t` all accepted
     steps so far, and :math:`b = 1` if the mean loss of these :math:`n` steps is the

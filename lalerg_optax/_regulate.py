@@ -81,6 +81,11 @@ class ErrorRegulateState(NamedTuple):
         return read(RegulatorScalars, self.scalars, name)
 
 
+def _num_looks(steps: float, variance: jax.Array, alignment: jax.Array) -> jax.Array:
+    """Returns after how many looks an alignment is known to its 1/sqrt(steps)."""
+    return jnp.minimum(steps * variance / jnp.maximum(alignment**2, 1e-12), 1e6)
+
+
 def _due(
     last: RegulatorScalars,
     seen: Assessment,
@@ -88,31 +93,34 @@ def _due(
     rule: JudgeRule,
     *,
     audit: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns if there is anything to do about the anchor.
 
-    And whether it may move, and how many looks are wanted before it does.
+    And whether it may move, whether it is to move though looks are not clear yet, and
+    how many of them are wanted.
     """
-    every = jnp.maximum(last.num_accepted // 8, rule.min_anchor_every)
-    # So many looks tell the alignment to a quarter of itself.
-    noise = last.look_variance / jnp.maximum(last.alignment**2, 1e-12)
-    wanted = jnp.minimum(rule.noise_steps * noise, 1e6)
+    shortest = jnp.maximum(last.num_accepted // 8, rule.min_anchor_every)
+    shortest = jnp.minimum(shortest, rule.anchor_every)
+    longest, num_wanted = shortest, jnp.zeros((), jnp.int32)
     if audit:
-        # the noisier the looks, the longer the way that they have to look back on
-        longer = rule.min_anchor_every * wanted
-        every = jnp.maximum(every, longer.astype(jnp.int32))
-    every = jnp.minimum(every, rule.anchor_every)
-    num_wanted = jnp.clip(
-        wanted.astype(jnp.int32), RULE.num_early, jnp.maximum(every - 1, RULE.num_early)
-    )
+        wanted = _num_looks(rule.noise_steps, last.look_variance, last.alignment)
+        least = _num_looks(rule.least_steps, last.look_variance, last.alignment_scale)
+        # The noisier the looks, the longer the way that they have to look back on.
+        longest = (rule.min_anchor_every * wanted).astype(jnp.int32)
+        longest = jnp.clip(longest, shortest, rule.anchor_every)
+        least = (rule.min_anchor_every * least).astype(jnp.int32)
+        shortest = jnp.clip(least, shortest, longest)
+        most = jnp.maximum(longest - 1, RULE.num_early)
+        num_wanted = jnp.clip(wanted.astype(jnp.int32), RULE.num_early, most)
     is_ordinary = decision.verdict == Verdict.ACCEPT
-    may_move = is_ordinary & seen.is_healthy & (last.anchor_age >= every)
+    may_move = is_ordinary & seen.is_healthy & (last.anchor_age >= shortest)
     may_move &= decision.conduct == Conduct.HEALTHY
+    is_late = last.anchor_age >= longest
     if not audit:
-        return may_move, may_move, num_wanted
-    early = jnp.maximum(every - num_wanted, 1)
+        return may_move, may_move, is_late, num_wanted
+    early = jnp.maximum(shortest - num_wanted, 1)
     is_due = is_applied(decision.verdict) & (last.anchor_age >= early)
-    return is_due, may_move, num_wanted
+    return is_due, may_move, is_late, num_wanted
 
 
 def _scale(
@@ -261,29 +269,32 @@ def error_regulate(
     least 5 and at most ``anchor_every``. An entry that is not finite, or whose square
     is not in float32, is not copied.
 
-    **Audit**, if asked for: on the last steps before the anchor is due, and from
+    **Audit**, if asked for: on the last steps before the anchor may move, and from
     then on, every accepted step looks back at it with the fresh gradient,
     :math:`c_i = \langle g, a - p \rangle / (|g| |a - p|)`. When the anchor moves, or
     after n + 5 looks where it is held, ``inner`` is told (extra argument ``audit``)
     :math:`c = \sum w_i c_i / \sum w_i`, with the weights :math:`w_i = |g|` in units of
-    its median (at most what is tolerated, or 16), and its standard error
+    its median (at most what is tolerated, or 16) times the updates since the anchor
+    was made, and its standard error
     :math:`\sqrt{v / N}`. Of N looks the variance of one is :math:`v = \frac{N^2}{N - 1}
     \sum w_i^2 (c_i - c)^2 / (\sum w_i)^2`, averaged over anchors (decay 0.75).
     :math:`16 v / c^2` looks, with what was told last, tell it to a quarter of itself.
-    So much longer is the way that they look back on: the 5 steps between anchors become
-    :math:`5 \max(1, 16 v / c^2)`, still at most ``anchor_every``; and n steps before
-    the anchor is due looks begin, with n = 16 v / c^2 rounded down, at least 3 and at
-    most one less than there are between anchors. The first
-    audit decides whether the run has begun well, and looks go on until it is clear:
-    with at least 3 of them (none of which outweighs the others: :math:`(\sum w_i)^2 >
-    2.5 \sum w_i^2`), mean above 2 standard errors, or 16 of them. A mean below
-    -3 standard errors says that the first steps led nowhere, and params more than 1 %
-    of the anchor's norm away from it that they were too long, whatever they led to (at
-    the first try alone: a search from below costs little). REVERT to the start, at most
-    8 times; windows and :math:`L_1` start
-    anew without this loss. Before an audit had :math:`c > 0` no harm cuts the damping,
-    and ``audit.is_restart`` tells links to start anew, too: lowering the rate is the
-    macro level's business.
+    The noisier they are, the longer is the way that they look back on: the 5 steps
+    between anchors become at least :math:`5 \cdot 3 v / \hat c^2`, with :math:`\hat c
+    \leftarrow \max(|c| - \sqrt{v / N}, 3/4 \, \hat c)` at every audit. From then on the
+    anchor waits until c is more than 4 standard errors from 0, but not for longer than
+    :math:`5 \cdot 16 v / c^2` steps; both at most ``anchor_every``. Looks begin n steps
+    before it may move, with n = 16 v / c^2 rounded down, at least 3 and at most one
+    less than the longest way. The first audit decides whether the run has begun well,
+    and looks go on until it is clear: with at least 3 of them (none of which outweighs
+    the others: :math:`(\sum w_i)^2 > 2.5 \sum w_i^2`), mean above 2 standard errors, or
+    16 of them. A mean below -3 standard errors says that the first steps led nowhere,
+    and params more than 1 % of the anchor's norm away from it that they were too long,
+    whatever they led to (at the first two tries alone: a search from below costs
+    little). REVERT to the start, at most 8 times; windows and :math:`L_1` start anew
+    without this loss. Before an audit had :math:`c > 0` no harm cuts the damping, and
+    ``audit.is_restart`` tells links to start anew, too: lowering the rate is the macro
+    level's business.
 
     **Exactness.** ``p + (a - p)`` is ``a`` up to rounding; given twice it is ``a``
     bit for bit, unless ``p`` is not finite. `apply_updates` gives ``a`` at once in
@@ -439,7 +450,8 @@ def error_regulate(
         anchor, look = look_and_move(
             *_due(last, seen, decision, rule, audit=audit),
             is_started,
-            seen.weight,
+            # where the way is longer, there is more to see
+            seen.weight * last.anchor_age,
             last,
             state.anchor,
             params,

@@ -185,12 +185,17 @@ class _Loss(NamedTuple):
     is_flat: jax.Array
 
 
+def _is_first(state: MacroScalars) -> jax.Array:
+    """Returns whether what a window is compared with begins with this one."""
+    return (state.num_windows == 0) | (state.phase < Phase.SEARCH)
+
+
 def _compare(state: MacroScalars, rule: SearchRule, has_value: bool) -> _Loss:
     rise = state.window_mean - state.best_window_mean
     # by the noise of the windows before: a blow-up does not excuse itself
     count = jnp.maximum(state.window_count, 1)
     margin = rule.standard_errors * jnp.sqrt(2.0 * state.loss_variance / count)
-    is_first = state.num_windows == 0
+    is_first = _is_first(state)
     is_worse = ~is_first & (rise > margin) & has_value
     pace = state.window_count / jnp.maximum(state.num_macro_steps, 1)
     best_progress = state.first_window_mean - state.best_window_mean
@@ -419,15 +424,16 @@ def step(
     is_steered = (seen.phase == Phase.STEER) & ~is_reopened
     octaves = jnp.where(is_steered, _steer(audited, loss, rule), leap)
     moved = _scaled(choose(is_steered, audited, leapt), octaves, rule)
-    is_best = loss.is_best | (seen.num_windows == 0)
+    is_first = _is_first(seen)
+    is_best = loss.is_best | is_first
     variance = _variance_of_mean(seen)
     spread = variance * seen.window_count
     moved = _start_window(moved)._replace(
         first_window_mean=jnp.where(
-            seen.num_windows == 0, seen.window_mean, moved.first_window_mean
+            is_first, seen.window_mean, moved.first_window_mean
         ),
         loss_variance=jnp.where(
-            seen.num_windows == 0,
+            is_first,
             spread,
             seen.loss_variance + 0.25 * (spread - seen.loss_variance),
         ),

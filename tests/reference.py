@@ -211,7 +211,8 @@ class MacroRate:
         """Sets how the window compares with those before it."""
         count = len(self.window)
         mean, variance = self.mean_and_variance()
-        is_first = self.num_windows == 0
+        is_first = self.num_windows == 0 or self.phase in (START, RESTARTED)
+        self.is_first = is_first
         rise = mean - self.best_window_mean
         margin = 2.0 * math.sqrt(2.0 * self.loss_variance / count)
         progress = self.first_window_mean - self.best_window_mean
@@ -231,11 +232,11 @@ class MacroRate:
         """Remembers the window, and starts another one."""
         mean, variance = self.mean_and_variance()
         spread = variance * len(self.window)
-        if self.num_windows == 0:
+        if self.is_first:
             self.first_window_mean, self.loss_variance = mean, spread
         else:
             self.loss_variance += 0.25 * (spread - self.loss_variance)
-        if self.num_windows == 0 or self.is_best:
+        if self.is_first or self.is_best:
             self.best_window_mean = mean
         self.last_window_mean, self.last_window_variance = mean, variance
         self.num_windows += 1
@@ -470,6 +471,7 @@ class ErrorRegulate:
 
         self.looks = []  # those at this anchor
         self.look_variance = 0.0
+        self.alignment_scale = 0.0
         self.alignment = self.alignment_error = 0.0
         self.anchor_age = 0
         self.anchor = params.copy()
@@ -648,21 +650,25 @@ class ErrorRegulate:
         """Looks back at the anchor and moves it; returns what links are told."""
         self.is_failed = self.is_moved = False
         self.is_started = not self.audit or self.num_audits_passed > 0
-        every = max(self.num_accepted // 8, 5)
-        noise = self.look_variance / max(self.alignment**2, 1e-12)
-        wanted = min(16.0 * noise, 1e6)
+        shortest = min(max(self.num_accepted // 8, 5), self.anchor_every)
+        longest, num_wanted = shortest, 3
         if self.audit:  # noisy looks need a longer way to look back on
-            every = max(every, int(5 * wanted))
-        every = min(every, self.anchor_every)
-        num_wanted = max(min(int(wanted), every - 1), 3)
+            noise = self.look_variance / max(self.alignment**2, 1e-12)
+            wanted = min(16.0 * noise, 1e6)
+            longest = min(max(int(5 * wanted), shortest), self.anchor_every)
+            noise = self.look_variance / max(self.alignment_scale**2, 1e-12)
+            least = int(5 * min(3.0 * noise, 1e6))
+            shortest = min(max(least, shortest), longest)
+            num_wanted = max(min(int(wanted), longest - 1), 3)
         is_healthy = max(self.scaled_error, self.scaled_norm_error) < 0.5
         may_move = self.verdict == ACCEPT and self.conduct == HEALTHY
-        may_move = may_move and is_healthy and self.anchor_age >= every
+        may_move = may_move and is_healthy and self.anchor_age >= shortest
         taken = False
         if not self.audit:
             taken = None
             self.is_moved = may_move
-        elif self.is_applied and self.anchor_age >= max(every - num_wanted, 1):
+        elif self.is_applied and self.anchor_age >= max(shortest - num_wanted, 1):
+            self.is_late = self.anchor_age >= longest
             taken = self.look_back(grads, params, may_move, num_wanted)
         if self.is_failed:
             self.go_back(REWINDING, "failed audit")
@@ -685,7 +691,7 @@ class ErrorRegulate:
             excess = math.log(global_norm(grads)) - self.norm_median
             most = min(max(self.norm_tolerance, math.log(16.0)), 20.0)
             weight = math.exp(max(min(excess, most), -20.0))
-            self.looks.append((weight, alignment))
+            self.looks.append((weight * self.anchor_age, alignment))
         n = len(self.looks)
         total = sum(weight for weight, _ in self.looks)
         mean = sum(weight * look for weight, look in self.looks) / total if n else 0.0
@@ -697,11 +703,14 @@ class ErrorRegulate:
         error = math.sqrt(variance / max(n, 1))
 
         self.reach = 0.0
-        if not self.is_started:
+        is_enough = total**2 > 2.5 * sum(weight**2 for weight, _ in self.looks)
+        if self.is_started:
+            is_told = self.is_late or (is_enough and abs(mean) > 4.0 * error)
+            may_move = may_move and is_told
+        else:
             is_still = alignment is not None and not any(x for _, x in self.looks)
             reach = self.reach_of(params)
-            is_far = 1e-2 < reach < math.inf and self.num_reverted == 0
-            is_enough = total**2 > 2.5 * sum(weight**2 for weight, _ in self.looks)
+            is_far = 1e-2 < reach < math.inf and self.num_reverted < 4
             is_bad = is_enough and mean < -3.0 * error and self.num_reverted < 16
             self.is_failed = is_bad or is_far
             is_clear = (is_enough and mean > 2.0 * error) or n >= 16 or is_still
@@ -714,6 +723,8 @@ class ErrorRegulate:
         self.looks, self.look_variance = [], variance
         if self.is_failed or n > 0:
             self.alignment, self.alignment_error = mean, error
+            scale = abs(mean) - error
+            self.alignment_scale = max(scale, 0.75 * self.alignment_scale)
         if self.is_failed or n == 0:
             return False
         self.num_audits_passed += mean > 0.0

@@ -343,8 +343,12 @@ def test_looks_that_agree_move_the_anchor_and_tell_their_mean_and_error():
     state = run_looks([0.5, 0.6, 0.55, 0.45])
     assert state.num_audits_passed == 1
     assert state.num_looks == 0
-    np.testing.assert_allclose(state.alignment, 0.525, rtol=1e-5)
-    error = np.std([0.5, 0.6, 0.55, 0.45], ddof=1) / 2.0
+    # each weighs as much as the steps that it looks back on: 2 to 5
+    weights = np.arange(2.0, 6.0) / 14.0
+    looks = np.array([0.5, 0.6, 0.55, 0.45])
+    mean = weights @ looks
+    np.testing.assert_allclose(state.alignment, mean, rtol=1e-5)
+    error = np.sqrt(4.0 / 3.0 * np.sum((weights * (looks - mean)) ** 2))
     np.testing.assert_allclose(state.alignment_error, error, rtol=1e-4)
     assert state.inner_state.macro_rate == 0.5**2
 

@@ -17,7 +17,7 @@ import lalerg_optax as lo
 from lalerg_optax._monitor import find_states
 
 NUM_STEPS = 300
-SEEDS = (5, 6, 9)  # with these, all that a case names below comes to pass
+SEEDS = (5, 7, 9)  # with these, all that a case names below comes to pass
 ODD = {  # hyperparameters, none of them the default
     "threshold": 5.0,
     "progress_fraction": 0.2,
@@ -173,6 +173,7 @@ CASES = {
         lambda p: reference.ErrorRegulate(micro(0.05)[1], audit=True, params=p),
         WITHOUT_VALUE - {"trial, again"} | {"audit"},
         has_value=False,
+        level=1e12,
     ),
     "audited, rate too high for a start": Case(
         lambda: lo.error_regulate(micro(3.0, b1=0.0)[0], audit=True),
