@@ -94,8 +94,7 @@ def _summed_up(
 @functools.partial(jax.jit, static_argnames=("audit", "axis_name"), inline=True)
 def look_and_move(
     is_due: jax.Array,
-    may_move: jax.Array,
-    is_late: jax.Array,
+    readiness: jax.Array,
     num_wanted: jax.Array,
     is_started: jax.Array,
     weight: jax.Array,
@@ -116,8 +115,8 @@ def look_and_move(
 
     Args:
       is_due: whether there is anything to do, bool scalar.
-      may_move: whether the anchor may move if what is seen allows it, bool scalar.
-      is_late: whether it is to move though that is not clear yet, bool scalar.
+      readiness: whether the anchor may move if what is seen allows it: 0 no, 1 once
+        that is clear, 2 even if it is not, int32 scalar.
       num_wanted: looks that are wanted before the anchor moves, int32 scalar.
       is_started: whether the run has begun well, bool scalar.
       weight: of this look, float32 scalar.
@@ -131,7 +130,7 @@ def look_and_move(
     """
 
     def due() -> tuple[optax.Params, Scalars]:
-        look = Look(is_moved=may_move)
+        look = Look(is_moved=readiness > 0)
         if audit:
             is_seen, alignment, reach = look_back(
                 grads, grad_norm, anchor, params, axis_name
@@ -152,8 +151,9 @@ def look_and_move(
             is_failed = (is_bad | is_far) & ~is_started
             # Afterwards until the way is long enough, or clearly up or down.
             is_told = jnp.abs(look.alignment) > RULE.clear_errors * error
-            is_told = is_late | (is_enough & is_told)
-            is_moved = may_move & ~is_failed & jnp.where(is_started, is_told, is_clear)
+            is_told = (readiness > 1) | (is_enough & is_told)
+            is_moved = (readiness > 0) & ~is_failed
+            is_moved &= jnp.where(is_started, is_told, is_clear)
             # where the anchor is held, what is seen of it is told all the same
             is_held = is_started & (look.num_looks >= num_wanted + RULE.held_looks)
             look = look._replace(

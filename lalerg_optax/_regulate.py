@@ -39,7 +39,7 @@ from ._judge import (
     overruled,
 )
 from ._local import LocalView, act_in_turn, init_local, leaf_squares
-from ._scalars import Scalars, pack, read, unpack
+from ._scalars import Scalars, lanes, pack, read, unpack
 from ._verdict import Audit, Verdict, is_applied
 
 
@@ -81,11 +81,6 @@ class ErrorRegulateState(NamedTuple):
         return read(RegulatorScalars, self.scalars, name)
 
 
-def _num_looks(steps: float, variance: jax.Array, alignment: jax.Array) -> jax.Array:
-    """Returns after how many looks an alignment is known to its 1/sqrt(steps)."""
-    return jnp.minimum(steps * variance / jnp.maximum(alignment**2, 1e-12), 1e6)
-
-
 def _due(
     last: RegulatorScalars,
     seen: Assessment,
@@ -93,34 +88,37 @@ def _due(
     rule: JudgeRule,
     *,
     audit: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns if there is anything to do about the anchor.
 
-    And whether it may move, whether it is to move though looks are not clear yet, and
-    how many of them are wanted.
+    And whether it may move (0 no, 1 if looks are clear, 2 yes), and how many looks are
+    wanted before it does.
     """
     shortest = jnp.maximum(last.num_accepted // 8, rule.min_anchor_every)
     shortest = jnp.minimum(shortest, rule.anchor_every)
     longest, num_wanted = shortest, jnp.zeros((), jnp.int32)
     if audit:
-        wanted = _num_looks(rule.noise_steps, last.look_variance, last.alignment)
-        least = _num_looks(rule.least_steps, last.look_variance, last.alignment_scale)
-        # The noisier the looks, the longer the way that they have to look back on.
-        longest = (rule.min_anchor_every * wanted).astype(jnp.int32)
-        longest = jnp.clip(longest, shortest, rule.anchor_every)
-        least = (rule.min_anchor_every * least).astype(jnp.int32)
-        shortest = jnp.clip(least, shortest, longest)
+        # So many looks tell the alignment to so much of itself. The more they are, the
+        # longer the way that they have to look back on. (As one array: one kernel.)
+        steps = lanes([rule.noise_steps, rule.least_steps])
+        alignments = lanes([last.alignment, last.alignment_scale])
+        looks = steps * last.look_variance / jnp.maximum(alignments**2, 1e-12)
+        looks = jnp.minimum(looks, 1e6)
+        ways = (rule.min_anchor_every * looks).astype(jnp.int32)
+        longest = jnp.clip(ways[0], shortest, rule.anchor_every)
+        shortest = jnp.clip(ways[1], shortest, longest)
         most = jnp.maximum(longest - 1, RULE.num_early)
-        num_wanted = jnp.clip(wanted.astype(jnp.int32), RULE.num_early, most)
+        num_wanted = jnp.clip(looks[0].astype(jnp.int32), RULE.num_early, most)
     is_ordinary = decision.verdict == Verdict.ACCEPT
     may_move = is_ordinary & seen.is_healthy & (last.anchor_age >= shortest)
     may_move &= decision.conduct == Conduct.HEALTHY
-    is_late = last.anchor_age >= longest
+    is_late = may_move & (last.anchor_age >= longest)
+    readiness = may_move.astype(jnp.int32) + is_late
     if not audit:
-        return may_move, may_move, is_late, num_wanted
+        return may_move, readiness, num_wanted
     early = jnp.maximum(shortest - num_wanted, 1)
     is_due = is_applied(decision.verdict) & (last.anchor_age >= early)
-    return is_due, may_move, is_late, num_wanted
+    return is_due, readiness, num_wanted
 
 
 def _scale(

@@ -72,8 +72,7 @@ OPTIMIZERS = {
     "error_regulate": lambda rate: lo.error_regulate(optax.adamw(rate)),
     "adamw": optax.adamw,
 }
-# what is open, in docs/limits.md, too: on two of four sets of data 7 and 15 %
-KNOWN = {"gradient x 1e3, 10 steps": 0.15}
+OPEN = "gradient x 1e3, 10 steps"  # see below
 
 
 def plan(what, steps):
@@ -128,9 +127,9 @@ def spoil(grads, now):
 
 
 @functools.cache
-def run_all(name):
+def run_all(name, seed=0):
     """Returns the drop without fault, all final losses, and where all was finite."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     data = jnp.asarray(rng.standard_normal((512, 8)), jnp.float32)
     teacher = jnp.asarray(rng.standard_normal(8), jnp.float32)
     # noise, as data have: a norm that falls a thousandfold within a window tells little
@@ -184,9 +183,19 @@ def run_all(name):
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])
 def test_every_fault_costs_less_than_5_percent_of_the_drop(name):
     excess, _ = run_all(name)
-    known = KNOWN if name == "lalerg" else {}
-    most = {fault: known.get(fault, 0.05) for fault in excess}
-    assert {fault: e for fault, e in excess.items() if e > most[fault]} == {}
+    is_open = {OPEN} if name == "lalerg" else set()
+    too_much = {fault: e for fault, e in excess.items() if e > 0.05}
+    assert set(too_much) <= is_open, too_much
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    strict=True,
+    reason="where the norm fell a lot within its window, x 1e3 is hardly odd: such a "
+    "gradient is accepted as it is, and costs 7 and 15 % on two of four sets of data",
+)
+def test_ten_large_gradients_cost_less_than_5_percent_of_the_drop():
+    assert max(run_all("lalerg", seed)[0][OPEN] for seed in range(4)) < 0.05
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])
