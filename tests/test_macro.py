@@ -102,6 +102,18 @@ def test_a_start_that_led_too_far_is_cut_to_a_thousandth_of_the_params(reach, fa
     np.testing.assert_allclose(driver.rate, factor, rtol=1e-5)
 
 
+def test_losses_of_a_start_that_blew_up_are_forgotten():
+    driver = Driver()
+    driver.window(-0.8, value=1e9, noise=1e9)
+    assert driver.phase is Phase.START
+    driver.window(0.8, value=2.0, noise=0.1)
+    state = driver.state
+    assert (state.first_window_mean, state.best_window_mean) == (2.0, 2.0)
+    np.testing.assert_allclose(state.loss_variance, 0.04 / 3.0, rtol=1e-4)
+    driver.window(0.8, value=1.0)
+    assert (driver.state.first_window_mean, driver.state.best_window_mean) == (2.0, 1.0)
+
+
 def test_an_audit_that_noise_explains_ends_no_search():
     crisp, noisy = Driver(), Driver()
     for driver, error, num_low in ((crisp, 0.0, 3), (noisy, 0.4, 1)):
