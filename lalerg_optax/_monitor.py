@@ -22,6 +22,7 @@ _INTERNAL = (
     "peak_doubt",
     "harmless_doubt",
     "num_well",
+    "alignment_scale",
     "look_variance",
     *LOOKS,
 )

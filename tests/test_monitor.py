@@ -1,5 +1,7 @@
 """The local view: what a step did to each leaf of the params, and that off is free."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,12 @@ def tell_all(tx, params, data, loss_fn=loss_fn):
 
 
 # ---- what it tells ------------------------------------------------------------------
+
+
+def test_the_docstring_of_metrics_names_all_that_is_in_it():
+    table = lo.metrics.__doc__.split("=======\n")[2]
+    named = re.findall(r"^    (\w+) ", table, flags=re.MULTILINE)
+    assert set(named) == set(lo.metrics(lo.lalerg().init(jnp.zeros(3))))
 
 
 @all_optimizers

@@ -51,7 +51,7 @@ CLOSE = {
     *("scaled_error", "scaled_norm_error"),
     *("doubt", "peak_doubt", "harmless_doubt", "skips_left"),
     *("ceiling", "ceiling_in_doubt"),
-    *("alignment", "alignment_error", "look_variance"),
+    *("alignment", "alignment_error", "alignment_scale", "look_variance"),
     *("mu", "nu", "macro_rate"),
 }
 
