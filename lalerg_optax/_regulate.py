@@ -32,13 +32,20 @@ from ._judge import (
     Conduct,
     Decision,
     JudgeRule,
+    Look,
     RegulatorScalars,
     assess,
     decide,
     learn,
     overruled,
 )
-from ._local import LocalView, act_in_turn, init_local, leaf_squares
+from ._local import (
+    LeafSquares,
+    LocalView,
+    act_in_turn,
+    init_local,
+    leaf_squares,
+)
 from ._scalars import Scalars, lanes, pack, read, unpack
 from ._verdict import Audit, Verdict, is_applied
 
@@ -143,6 +150,85 @@ def _scaled(g: jax.Array, scale: jax.Array) -> jax.Array:
         return scale.astype(g.dtype) * g
     wide = lax.bitcast_convert_type(scale * g.astype(jnp.float32), jnp.uint32)
     return lax.bitcast_convert_type((wide >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+def _admitted(
+    grads: optax.Updates, verdict: jax.Array, scale: jax.Array
+) -> optax.Updates:
+    """Returns the gradient that ``inner`` sees: zero on a rejected batch."""
+    is_open = is_applied(verdict)
+
+    def admit(g: jax.Array) -> jax.Array:
+        return _scaled(jnp.where(is_open, g, 0).astype(g.dtype), scale)
+
+    return jax.tree.map(admit, grads)
+
+
+def _loss_told(seen: Assessment, verdict: jax.Array, avg_value: jax.Array) -> jax.Array:
+    """Returns the loss that ``inner`` sees: the average one on a rejected batch."""
+    is_bounded = verdict == Verdict.BOUND
+    loss = jnp.where(is_bounded, seen.recorded[0], seen.signals[0])
+    return jnp.where(is_applied(verdict), loss, avg_value)
+
+
+def _told(
+    last: RegulatorScalars,
+    decision: Decision,
+    look: Look,
+    verdict: jax.Array,
+    is_started: jax.Array,
+    *,
+    audit: bool,
+) -> dict[str, Any]:
+    """Returns what links of this package are told of a step, as extra arguments."""
+    told = Audit(
+        is_taken=look.is_taken,
+        alignment=look.alignment,
+        alignment_error=look.alignment_error,
+        reach=look.reach,
+        is_restart=decision.is_new_revert & ~is_started,
+    )
+    return {
+        "verdict": verdict,
+        # what was not finite alone says nothing of a rate that did well
+        "is_harmful": decision.is_harmful & ((last.peak_doubt > 0.0) | ~is_started),
+        "audit": told if audit else None,
+    }
+
+
+def _act(
+    verdict: jax.Array,
+    damping: jax.Array,
+    params: optax.Params,
+    inner_updates: optax.Updates,
+    anchor: optax.Params,
+    grads: optax.Updates,
+    squares: LeafSquares | None,
+    axis_name: str | tuple[str, ...] | None,
+) -> tuple[optax.Updates, LocalView | None]:
+    """Returns the step that params take, and its local view if squares are given."""
+    is_reverted = verdict == Verdict.REVERT
+    gate = jnp.where(verdict == Verdict.SKIP, 0.0, damping)
+    home = at_hand(is_reverted, anchor, params)
+
+    def act(gate: jax.Array, p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
+        damped = (gate * u).astype(p.dtype)
+        step = jnp.where(is_reverted, a.astype(p.dtype) - p, damped)
+        is_safe = jnp.isfinite(p + step)  # of 0 * nan, too
+        return jnp.where(is_safe, step, jnp.zeros((), p.dtype))
+
+    if squares is None:
+        act_on_leaf = functools.partial(act, gate)
+        return jax.tree.map(act_on_leaf, params, inner_updates, home), None
+    return act_in_turn(
+        act,
+        gate,
+        (params, inner_updates, home),
+        grads,
+        squares,
+        is_accepted=is_applied(verdict),
+        axis_name=axis_name,
+    )
 
 
 def error_regulate(
@@ -435,28 +521,18 @@ def error_regulate(
             value, grad_norm = lax.pmean((value, grad_norm), axis_name)
 
         # Assess, look, decide, learn: scalars, but for the anchor.
+        is_judged = not is_flat or value is None
         seen = assess(
-            last,
-            state.history,
-            value,
-            grad_norm,
-            rule,
-            norm_is_judged=not is_flat or value is None,
+            last, state.history, value, grad_norm, rule, norm_is_judged=is_judged
         )
         decision = decide(last, seen, rule, has_value=value is not None)
         is_started = last.num_audits_passed > 0 if audit else jnp.ones((), jnp.bool_)
+        due = _due(last, seen, decision, rule, audit=audit)
+        # where the way is longer, there is more to see
+        weight = seen.weight * last.anchor_age
+        trees = state.anchor, params, updates, grad_norm
         anchor, look = look_and_move(
-            *_due(last, seen, decision, rule, audit=audit),
-            is_started,
-            # where the way is longer, there is more to see
-            seen.weight * last.anchor_age,
-            last,
-            state.anchor,
-            params,
-            updates,
-            grad_norm,
-            audit=audit,
-            axis_name=axis_name,
+            *due, is_started, weight, last, *trees, audit=audit, axis_name=axis_name
         )
         decision = overruled(decision, look.is_failed)
         scalars, history = learn(
@@ -470,65 +546,19 @@ def error_regulate(
 
         # Inner: sees nothing of a rejected batch.
         scale = _scale(seen, verdict, grad_norm, clip_norm)
-        is_open = is_applied(verdict)
-
-        def admit(g: jax.Array) -> jax.Array:
-            return _scaled(jnp.where(is_open, g, 0).astype(g.dtype), scale)
-
-        extra_args |= {  # not those of an outer regulator
-            "verdict": verdict,
-            # what was not finite alone says nothing of a rate that did well
-            "is_harmful": decision.is_harmful & ((last.peak_doubt > 0.0) | ~is_started),
-            "audit": Audit(
-                is_taken=look.is_taken,
-                alignment=look.alignment,
-                alignment_error=look.alignment_error,
-                reach=look.reach,
-                is_restart=decision.is_new_revert & ~is_started,
-            )
-            if audit
-            else None,
-        }
+        extra_args |= _told(last, decision, look, verdict, is_started, audit=audit)
         inner_updates, inner_state = chained.update(
-            jax.tree.map(admit, updates),
+            _admitted(updates, verdict, scale),
             state.inner_state,
             params,
-            value=None
-            if value is None
-            else jnp.where(
-                is_open,
-                jnp.where(verdict == Verdict.BOUND, seen.recorded[0], seen.signals[0]),
-                avg_value,
-            ),
-            **extra_args,
+            value=None if value is None else _loss_told(seen, verdict, avg_value),
+            **extra_args,  # not those of an outer regulator
         )
 
         # Act.
-        is_reverted = verdict == Verdict.REVERT
-        gate = jnp.where(verdict == Verdict.SKIP, 0.0, damping)
-        home = at_hand(is_reverted, anchor, params)
-
-        def act(gate: jax.Array, p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
-            damped = (gate * u).astype(p.dtype)
-            step = jnp.where(is_reverted, a.astype(p.dtype) - p, damped)
-            is_safe = jnp.isfinite(p + step)  # of 0 * nan, too
-            return jnp.where(is_safe, step, jnp.zeros((), p.dtype))
-
-        view = None
-        if squares is None:
-            steps = jax.tree.map(
-                functools.partial(act, gate), params, inner_updates, home
-            )
-        else:
-            steps, view = act_in_turn(
-                act,
-                gate,
-                (params, inner_updates, home),
-                updates,
-                squares,
-                is_accepted=is_open,
-                axis_name=axis_name,
-            )
+        steps, view = _act(
+            verdict, damping, params, inner_updates, anchor, updates, squares, axis_name
+        )
         return steps, ErrorRegulateState(
             scalars=scalars,
             history=history,
