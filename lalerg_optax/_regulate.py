@@ -521,18 +521,22 @@ def error_regulate(
             value, grad_norm = lax.pmean((value, grad_norm), axis_name)
 
         # Assess, look, decide, learn: scalars, but for the anchor.
-        is_judged = not is_flat or value is None
         seen = assess(
-            last, state.history, value, grad_norm, rule, norm_is_judged=is_judged
+            last,
+            state.history,
+            value,
+            grad_norm,
+            rule,
+            norm_is_judged=not is_flat or value is None,
         )
         decision = decide(last, seen, rule, has_value=value is not None)
         is_started = last.num_audits_passed > 0 if audit else jnp.ones((), jnp.bool_)
         due = _due(last, seen, decision, rule, audit=audit)
         # where the way is longer, there is more to see
         weight = seen.weight * last.anchor_age
-        trees = state.anchor, params, updates, grad_norm
+        way_back = state.anchor, params, updates, grad_norm
         anchor, look = look_and_move(
-            *due, is_started, weight, last, *trees, audit=audit, axis_name=axis_name
+            *due, is_started, weight, last, *way_back, audit=audit, axis_name=axis_name
         )
         decision = overruled(decision, look.is_failed)
         scalars, history = learn(
@@ -546,13 +550,14 @@ def error_regulate(
 
         # Inner: sees nothing of a rejected batch.
         scale = _scale(seen, verdict, grad_norm, clip_norm)
+        # not those of an outer regulator
         extra_args |= _told(last, decision, look, verdict, is_started, audit=audit)
         inner_updates, inner_state = chained.update(
             _admitted(updates, verdict, scale),
             state.inner_state,
             params,
             value=None if value is None else _loss_told(seen, verdict, avg_value),
-            **extra_args,  # not those of an outer regulator
+            **extra_args,
         )
 
         # Act.
