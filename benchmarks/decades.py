@@ -334,7 +334,7 @@ CONSTANTS: dict[str, tuple[Any, str, tuple[Any, Any]]] = {
     "threshold": (lo.lalerg, "threshold", (3.0, 12.0)),
     "anchor_every": (lo.lalerg, "anchor_every", (16, 64)),
     "b1": (lo.lalerg, "b1", (0.8, 0.95)),
-    "b2": (lo.lalerg, "b2", (0.98, 0.995)),
+    "b2": (lo.lalerg, "b2", (0.99, 0.999)),  # neither grows
     "gradient_share": (lo.lalerg, "gradient_share", (0.2, 0.8)),
 }
 # cheap ones; constants were chosen on them

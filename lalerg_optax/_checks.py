@@ -46,6 +46,32 @@ def check_range(
         )
 
 
+def check_growing(
+    name: str, value: Any, low: float, high: float, *, high_open: bool = False
+) -> tuple[Any, Any]:
+    """Returns where a hyperparameter begins and ends, one object if it is a number.
+
+    Raises:
+      ValueError: unless ``value`` is a number in the range, or a pair of numbers below
+        ``high``, of which the second is not below the first.
+    """
+    if not isinstance(value, tuple | list):
+        check_range(name, value, low, high, high_open=high_open)
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"{name} must be a number or a pair, got {name} = {value!r}.")
+    for number in value:
+        check_range(name, number, low, high, high_open=True)
+    first, last = value
+    is_known = not any(isinstance(number, jax.Array) for number in value)
+    if is_known and first > last:
+        raise ValueError(
+            f"{name} must not become smaller: the first of a pair is at most the "
+            f"second, got {name} = {value!r}."
+        )
+    return first, last
+
+
 def check_transformation(
     name: str, inner: Any, example: str = "optax.sgd(0.1)"
 ) -> None:

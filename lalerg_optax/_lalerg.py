@@ -8,7 +8,7 @@ import optax
 
 from ._checks import check_range, check_second_level
 from ._macro import scale_by_macro_rate
-from ._micro import scale_by_micro_rate
+from ._micro import Decay, scale_by_micro_rate
 from ._regulate import error_regulate
 from ._restart import restart_with_audit
 
@@ -17,7 +17,7 @@ def lalerg(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     *,
     b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.99,
+    b2: Decay = (0.99, 0.999),
     eps: jax.typing.ArrayLike = 1e-8,
     gradient_share: jax.typing.ArrayLike = 0.4,
     weight_decay: jax.typing.ArrayLike = 1e-4,
@@ -65,7 +65,8 @@ def lalerg(
         schedule keeps its shape. A float has none, so that the macro level also
         lowers the rate when the loss stalls (``anneal``).
       b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1); or a pair of decays, between which it
+        grows. See `scale_by_micro_rate`.
       eps: added to the root of the second moment, at least 0.
       gradient_share: weight of the fresh gradient against that of the first moment, in
         [0, 1]; 0 is Adam's rule. See `scale_by_micro_rate`.

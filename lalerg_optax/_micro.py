@@ -1,5 +1,6 @@
 """Micro level: a rate for every parameter entry, from its own gradients."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +10,14 @@ import optax
 from jax import lax
 
 from ._anchor import is_sound
-from ._checks import check_range, check_state_type, check_updates
+from ._checks import check_growing, check_range, check_state_type, check_updates
 from ._gate import open_gate
 from ._scalars import count_if
 from ._verdict import Audit, Verdict
 
+Decay = jax.typing.ArrayLike | tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
+
+_PART = 4  # one of so many of all steps so far is remembered, where memory grows
 _TOLERANCE = 2.0  # of the bound on an update: for rounding, which is far less
 _SMALLEST = 1e-30  # squares of smaller gradients are no float32
 
@@ -56,7 +60,7 @@ class ScaleByMicroRateState(NamedTuple):
 
 def scale_by_micro_rate(
     b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.99,
+    b2: Decay = (0.99, 0.999),
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
     *,
@@ -74,14 +78,22 @@ def scale_by_micro_rate(
     .. math::
 
         \mu_t &= b_1 \mu_{t-1} + (1 - b_1) g_t \\
-        \nu_t &= b_2 \nu_{t-1} + w |g_t|^2,
-            \quad w = 1 - b_2 \text{, or } 1 \text{ where } b_2 = 1 \\
+        \nu_t &= \beta_t \nu_{t-1} + w_t |g_t|^2,
+            \quad w_t = 1 - \beta_t \text{, or } 1 \text{ where } \beta_t = 1 \\
         u_t &= \frac{(1 - s) \, \mu_t / c_1 + s \, g_t}
                     {\sqrt{\nu_t / c_2 + eps_{root}} + eps}, \quad
-            c_i = 1 - b_i^t \text{, or } 1 \text{ without bias_correction}
+            c_1 = 1 - b_1^t, \; c_2 = 1 - \prod_{i \le t} \beta_i
+            \text{, or } 1 \text{ without bias_correction}
 
-    from :math:`\mu_0 = 0` and :math:`\nu_0` = ``initial_scale``,
-    which is Adam's rule with quasi-hyperbolic momentum, and close to NAdam for
+    from :math:`\mu_0 = 0` and :math:`\nu_0` = ``initial_scale``. With a number for
+    ``b2``, :math:`\beta_t = b_2`. With a pair :math:`(b_2, b_2')` it grows from one to
+    the other, while the squares are averaged over a quarter of all steps so far,
+
+    .. math:: \beta_t = \min(\max(b_2, 1 - 4 / t), b_2')
+
+    because early on old gradients are no guide to the scale of new ones, and later,
+    where gradients are noise or come seldom, only many of them are. This
+    is Adam's rule with quasi-hyperbolic momentum, and close to NAdam for
     :math:`s = 1 - b_1`. With the right arguments it is Optax's
 
     ::
@@ -121,16 +133,19 @@ def scale_by_micro_rate(
 
         \Big|\sum_i b_1^{t-i} g_i\Big|^2
         \le \sum_i \Big(\frac{b_1^2}{b_2}\Big)^{t-i} \sum_i b_2^{t-i} |g_i|^2
-        \le \frac{1 - (b_1^2 / b_2)^t}{1 - b_1^2 / b_2} \; \frac{n \nu_t}{w}
+        \le \frac{1 - (b_1^2 / b_2)^t}{1 - b_1^2 / b_2} \; \frac{n \nu_t}{w_t}
 
     with :math:`n = 1`, or with ``per_tensor`` the number of its entries, of whose
-    squares :math:`\nu` is the mean, and :math:`|g_t|^2 \le n \nu_t / w`. Since
-    :math:`c_2 (1 - (b_1^2 / b_2)^t) \le c_1^2` (multiply out), and an initial scale
+    squares :math:`\nu` is the mean, and :math:`|g_t|^2 \le n \nu_t / w_t` (where
+    :math:`\beta` grows, no decay was below :math:`b_2` and no weight below the last,
+    so that :math:`\nu` holds more than is counted here). Since
+    :math:`c_2 (1 - (b_1^2 / b_2)^t) \le (1 - b_2^t) (1 - (b_1^2 / b_2)^t) \le c_1^2`
+    (multiply out), and an initial scale
     only adds to :math:`\nu`, with or without bias correction
 
     .. math::
 
-        |u_t| \le \sqrt{\frac{n}{w}} \left(
+        |u_t| \le \sqrt{\frac{n}{w_t}} \left(
             \frac{(1 - s) (1 - b_1)}{\sqrt{1 - b_1^2 / b_2}} + s \right)
 
     so that an entry whose :math:`u_t` would be more than twice as large (with
@@ -140,18 +155,20 @@ def scale_by_micro_rate(
     was left; :math:`\nu` stays, because the scale of the gradients does not. Where
     params go back to the very start (``audit.is_restart``, see `error_regulate`),
     :math:`\nu` and :math:`t` begin anew as well: gradients of a first step that was a
-    thousand times too far would hold the rates down for :math:`1 / (1 - b_2)` steps,
-    and those of a sum for good.
+    thousand times too far would hold the rates down for :math:`1 / (1 - \beta_t)`
+    steps, and those of a sum for good.
 
     Args:
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1); or, without bias correction, 1, which
-        makes it a sum.
+        makes it a sum. A pair of decays below 1, the first at most the second: it
+        grows.
       eps: added to the root, at least 0.
       eps_root: added under the root, at least 0.
       gradient_share: weight of the fresh gradient against that of the first moment,
         in [0, 1]. The default is what Ma and Yarats recommend; ``b2`` was chosen with
-        it on the tasks that ``benchmarks/tasks.py`` calls DEVELOPMENT.
+        it on the tasks that ``benchmarks/tasks.py`` calls DEVELOPMENT and those that
+        ``benchmarks/noise.py`` calls CHOOSE.
       bias_correction: whether to divide both moments by what is in them of the weight
         of a whole average.
       initial_scale: the second moment at first, at least 0.
@@ -193,27 +210,43 @@ def scale_by_micro_rate(
             "squares has no bias: give bias_correction=False, or another b2; got "
             f"b2 = {b2}."
         )
-    check_range("b2", b2, 0.0, 1.0, high_open=bias_correction)
+    b2, last_b2 = check_growing("b2", b2, 0.0, 1.0, high_open=bias_correction)
     check_range("gradient_share", gradient_share, 0.0, 1.0)
     check_range("eps", eps, 0.0, float("inf"))
     check_range("eps_root", eps_root, 0.0, float("inf"))
     check_range("initial_scale", initial_scale, 0.0, float("inf"))
 
     may_be_zero = not any(isinstance(e, int | float) and e > 0 for e in (eps, eps_root))
-    may_be_sum = not (isinstance(b2, int | float) and np.float32(b2) < 1)
+    may_be_sum = not (isinstance(last_b2, int | float) and np.float32(last_b2) < 1)
 
-    def weight() -> jax.typing.ArrayLike:
-        """Returns the weight of a square in the second moment."""
+    def memory(t: jax.Array) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
+        """Returns decay and weight of the squares at the step of that number."""
+        if last_b2 is b2:
+            decay, lost = b2, 1.0 - b2
+        else:
+            lost = jnp.clip(_PART / t, 1.0 - last_b2, 1.0 - b2)
+            decay = 1.0 - lost
         # in the precision of the decay: one that is rounded to 1 decays nothing
-        is_sum = jnp.asarray(b2, jnp.float32) == 1.0
-        return jnp.where(is_sum, 1.0, 1.0 - b2) if may_be_sum else 1.0 - b2
+        is_sum = jnp.asarray(decay, jnp.float32) == 1.0
+        return decay, jnp.where(is_sum, 1.0, lost) if may_be_sum else lost
 
-    def largest() -> jax.Array:
+    def product(t: jax.Array) -> jax.Array:
+        """Returns the product of all decays of squares so far."""
+        if last_b2 is b2:
+            return b2**t
+        # it grows between these steps, where factors (j - 4) / j cancel each other
+        first, last = _PART / (1.0 - b2), _PART / (1.0 - last_b2)
+        steps = jnp.clip(t, first, last)
+        growing = math.prod((first - k) / (steps - k) for k in range(_PART))
+        before, after = jnp.minimum(t, first), jnp.maximum(t - last, 0.0)
+        return b2**before * growing * last_b2**after
+
+    def largest(weight: jax.typing.ArrayLike) -> jax.Array:
         """Returns the bound on an update, for one entry in its tensor; see above."""
         ratio = jnp.asarray(b1**2 / jnp.maximum(b2, _SMALLEST), jnp.float32)
         series = jnp.where(ratio < 1.0, 1.0 / jnp.sqrt(1.0 - ratio), jnp.inf)
         bound = (1.0 - gradient_share) * (1.0 - b1) * series + gradient_share
-        return jnp.asarray(bound / jnp.sqrt(weight()), jnp.float32)
+        return jnp.asarray(bound / jnp.sqrt(weight), jnp.float32)
 
     def wide(x: jax.Array) -> jnp.dtype:
         # a decay of 0.999 is lost in bfloat16, and a square overflows float16
@@ -252,13 +285,15 @@ def scale_by_micro_rate(
         # Decays that become "keep", with a gradient that is zero: selecting the old
         # state afterwards would keep old and new alive, and cost a copy.
         keep1, add1 = jnp.where(is_open, b1, 1.0), jnp.where(is_open, 1.0 - b1, 0.0)
-        keep2, add2 = jnp.where(is_open, b2, 1.0), jnp.where(is_open, weight(), 0.0)
         count = count_if(is_open, state.micro_count)
         if verdict is not None:
             keep1 = jnp.where(verdict == Verdict.REVERT, 0.0, keep1)
         is_restart = None if audit is None else audit.is_restart
         if is_restart is not None:
             count = jnp.where(is_restart, 0, count)
+        t = jnp.maximum(count, 1).astype(jnp.float32)
+        decay, weight = memory(t)
+        keep2, add2 = jnp.where(is_open, decay, 1.0), jnp.where(is_open, weight, 0.0)
 
         def averaged(g: jax.Array, m: jax.Array) -> jax.Array:
             healed = jnp.where(is_sound(m), m, 0)
@@ -279,11 +314,10 @@ def scale_by_micro_rate(
 
         mu = jax.tree.map(averaged, updates, state.mu)
         nu = jax.tree.map(averaged_square, updates, state.nu)
-        t = jnp.maximum(count, 1).astype(jnp.float32)
-        content1, content2 = (1.0 - b1**t, 1.0 - b2**t) if bias_correction else (1, 1)
+        content1, content2 = (1.0 - b1**t, 1.0 - product(t)) if bias_correction else (1, 1)
         gate = jnp.where(is_open, (1.0 - gradient_share) / content1, 0.0)
         debias = 1.0 / content2
-        limit = (_TOLERANCE * largest()) ** 2 * debias
+        limit = (_TOLERANCE * largest(weight)) ** 2 * debias
 
         def scaled(g: jax.Array, m: jax.Array, n: jax.Array) -> jax.Array:
             mean = gate * m + gradient_share * g.astype(wide(g))

@@ -71,7 +71,7 @@ class MicroRate:
     def __init__(
         self,
         b1=0.9,
-        b2=0.99,
+        b2=(0.99, 0.999),
         eps=1e-8,
         eps_root=0.0,
         gradient_share=0.4,
@@ -80,12 +80,14 @@ class MicroRate:
         tensors=None,
     ):
         """With ``tensors``, the sizes of all tensors, each of them has one rate."""
-        self.b1, self.b2, self.eps, self.eps_root = b1, b2, eps, eps_root
+        self.b1, self.eps, self.eps_root = b1, eps, eps_root
+        self.b2, self.last_b2 = b2 if isinstance(b2, tuple) else (b2, b2)
         self.gradient_share = gradient_share
         self.bias_correction = bias_correction
         self.initial_scale = initial_scale
         self.tensors = tensors
         self.micro_count = 0
+        self.product = 1.0  # of all decays of the squares
         self.num_micro_held = 0
         self.mu = 0.0
         self.nu = initial_scale
@@ -106,17 +108,20 @@ class MicroRate:
         if isinstance(audit, Restart):
             self.nu = np.full_like(self.nu, self.initial_scale)
             self.micro_count = 0
+            self.product = 1.0
         if not is_open:
             self.num_micro_held += 1
             return np.zeros_like(params)
         self.micro_count += 1
-        weight = 1.0 if self.b2 == 1 else 1 - self.b2
+        decay = min(max(self.b2, 1 - 4 / self.micro_count), self.last_b2)
+        weight = 1.0 if decay == 1 else 1 - decay
+        self.product *= decay
         self.mu = self.b1 * self.mu + (1 - self.b1) * grads
-        self.nu = self.b2 * self.nu + weight * self.squares(grads)
+        self.nu = decay * self.nu + weight * self.squares(grads)
         mu, nu = self.mu, self.nu
         if self.bias_correction:
             mu = mu / (1 - self.b1**self.micro_count)
-            nu = nu / (1 - self.b2**self.micro_count)
+            nu = nu / (1 - self.product)
         if self.tensors is not None:
             nu = np.repeat(nu, self.tensors)
         mean = (1 - self.gradient_share) * mu + self.gradient_share * grads
@@ -886,7 +891,7 @@ def lalerg(
     *,
     params,
     b1=0.9,
-    b2=0.99,
+    b2=(0.99, 0.999),
     eps=1e-8,
     weight_decay=1e-4,
     clip_norm=None,

@@ -227,7 +227,8 @@ def test_adopting_inside_of_wrappers_and_around_them(wrap, is_outside):
 def test_injected_hyperparameters_are_kept():
     params = init_params()
     plain = optax.inject_hyperparams(optax.adamw)(learning_rate=3e-3)
-    tx = optax.inject_hyperparams(lo.lalerg)(learning_rate=1.0, search=False)
+    chosen = {"learning_rate": 1.0, "b2": 0.99, "search": False}
+    tx = optax.inject_hyperparams(lo.lalerg)(**chosen)
     state = used(plain.init(params))
     adopted = lo.adopt(tx, params, state)
     assert_is_a_state_of(tx, params, adopted)

@@ -20,6 +20,24 @@ regulated_sgd = functools.partial(lo.error_regulate, optax.sgd(0.1))
 flat_regulator = functools.partial(lo.error_regulate, None)
 biased_micro = functools.partial(lo.scale_by_micro_rate, bias_correction=False)
 
+
+@pytest.mark.parametrize("factory", [lo.lalerg, lo.scale_by_micro_rate])
+@pytest.mark.parametrize(
+    ("b2", "message"),
+    [
+        ((0.99, 0.9), "must not become smaller"),
+        ((0.9, 1.0), r"\[0.0, 1.0\)"),
+        ((-0.1, 0.9), r"\[0.0, 1.0\)"),
+        ((0.9,), "a number or a pair"),
+        ((0.9, 0.99, 0.999), "a number or a pair"),
+        ((0.9, "0.99"), "must be a number"),
+    ],
+)
+def test_a_pair_of_decays_has_to_grow_within_the_range(factory, b2, message):
+    with pytest.raises(ValueError, match=message):
+        factory(b2=b2)
+
+
 # factory, hyperparameter, its range, good values at the edge, bad ones beyond it
 RANGES = [
     (lo.lalerg, "learning_rate", "[0.0, inf)", [0.0, 100], [-1e-3]),

@@ -178,7 +178,8 @@ def largest(chosen, size=1):
     """Returns the bound of the docstring."""
     b1, b2 = chosen.get("b1", 0.9), chosen.get("b2", 0.99)
     share = chosen.get("gradient_share", 0.4)
-    weight = 1.0 if b2 == 1 else 1.0 - b2
+    b2, last = b2 if isinstance(b2, tuple) else (b2, b2)
+    weight = 1.0 if b2 == 1 else 1.0 - min(max(b2, 1.0 - 4.0 / NUM_STEPS), last)
     mean = (1.0 - share) * (1.0 - b1) / np.sqrt(1.0 - b1**2 / b2)
     return np.sqrt(size / weight) * (mean + share)
 
@@ -188,6 +189,8 @@ BOUNDED = {
     "sum from 0.1": SUM | {"initial_scale": 0.1, "b1": 0.5},
     "biased": {"bias_correction": False},
     "unbiased": {},
+    "growing memory": {"b1": 0.5, "b2": (0.7, 0.9)},
+    "grown memory": {"b1": 0.3, "b2": (0.5, 0.8)},
     "short memory": {"b1": 0.3, "b2": 0.2, "gradient_share": 0.0},
     "per tensor": {"per_tensor": True},
     "per tensor, sum": SUM | {"per_tensor": True},
@@ -199,6 +202,7 @@ def test_no_gradients_make_an_update_larger_than_the_bound(chosen):
     """The worst ones grow as the proof says: equality in Cauchy and Schwarz."""
     size = 64 if "per_tensor" in chosen else 1
     b1, b2 = chosen.get("b1", 0.9), chosen.get("b2", 0.99)
+    b2 = b2[0] if isinstance(b2, tuple) else b2
     share = chosen.get("gradient_share", 0.4)
     tx = lo.scale_by_micro_rate(**chosen, eps=0.0)
     grads = np.zeros((NUM_STEPS, 3, size), np.float32)
@@ -226,6 +230,57 @@ def test_a_first_moment_that_no_gradients_can_have_made_moves_nothing(chosen):
     after, _ = tx.update(grads[0], hit)
     assert after[1] == 0.0
     assert np.all(after[jnp.array([0, 2, 3])] != 0.0)
+
+
+# ---- A memory that grows -------------------------------------------------------------
+
+
+def test_a_pair_of_decays_averages_squares_over_a_quarter_of_all_steps():
+    grads = gradients()
+    tx = lo.scale_by_micro_rate(b2=(0.5, 0.9), eps=1e-6, gradient_share=1.0)
+    updates, state = all_updates(tx, grads)
+    g = np.asarray(grads["rows"], float)
+    nu, product = np.zeros(g.shape[1:]), 1.0
+    for t in range(1, NUM_STEPS + 1):
+        decay = min(max(0.5, 1.0 - 4.0 / t), 0.9)  # until t = 8, and from t = 40 on
+        product *= decay
+        nu = decay * nu + (1.0 - decay) * g[t - 1] ** 2
+        expected = g[t - 1] / (np.sqrt(nu / (1.0 - product)) + 1e-6)
+        np.testing.assert_allclose(updates["rows"][t - 1], expected, rtol=2e-5)
+    np.testing.assert_allclose(state.nu["rows"], nu, rtol=1e-5)
+
+
+def test_a_pair_of_equal_decays_is_one_decay():
+    expected, _ = all_updates(lo.scale_by_micro_rate(b2=0.9), gradients())
+    found, _ = all_updates(lo.scale_by_micro_rate(b2=(0.9, 0.9)), gradients())
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("b2", [(0.99, 0.999), (0.0, 0.9999), (0.9, 0.95)])
+def test_the_bias_of_a_memory_that_grows_is_corrected(b2):
+    """Of equal gradients, the mean of squares is what the square is."""
+    tx = lo.scale_by_micro_rate(b1=0.0, b2=b2, eps=0.0)
+    grads = jnp.ones((2000, 1))
+    updates, _ = all_updates(tx, grads)
+    np.testing.assert_allclose(updates, 1.0, rtol=1e-5)
+
+
+def test_a_memory_does_not_grow_while_steps_are_held():
+    tx = lo.scale_by_micro_rate(b2=(0.5, 0.9))
+    grads = jnp.ones(2)
+    state = tx.init(grads)._replace(micro_count=jnp.int32(15), nu=jnp.ones(2))
+    _, held = tx.update(grads * jnp.nan, state)
+    _, taken = tx.update(0.0 * grads, held)
+    np.testing.assert_allclose(taken.nu, 1.0 - 4.0 / 16.0, rtol=1e-6)
+
+
+def test_decays_of_a_pair_may_be_traced():
+    def nu_after(last):
+        tx = lo.scale_by_micro_rate(b2=(0.5, last))
+        return all_updates(tx, gradients())[1].nu["bias"]
+
+    expected = nu_after(0.8)
+    np.testing.assert_allclose(jax.jit(nu_after)(0.8), expected, rtol=1e-5)
 
 
 # ---- One rate a tensor ---------------------------------------------------------------
