@@ -22,6 +22,103 @@ _TOLERANCE = 2.0  # of the bound on an update: for rounding, which is far less
 _SMALLEST = 1e-30  # squares of smaller gradients are no float32
 
 
+class MomentRule(NamedTuple):
+    """Numbers of the micro level, which users see and which may be traced.
+
+    Attributes:
+      b1: see `scale_by_micro_rate`, as all others.
+      b2: the first of a pair.
+      last_b2: the second of a pair; the same object as the first if there is none.
+      eps: likewise.
+      eps_root: likewise.
+      gradient_share: likewise.
+      bias_correction: likewise.
+      initial_scale: likewise.
+      per_tensor: likewise.
+    """
+
+    b1: Any
+    b2: Any
+    last_b2: Any
+    eps: Any
+    eps_root: Any
+    gradient_share: Any
+    bias_correction: bool
+    initial_scale: Any
+    per_tensor: bool
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether the memory of squares grows."""
+        return self.last_b2 is not self.b2
+
+    @property
+    def may_be_sum(self) -> bool:
+        """Whether squares may be summed up, and not averaged."""
+        last = self.last_b2
+        return not (isinstance(last, int | float) and np.float32(last) < 1)
+
+    @property
+    def may_divide_by_zero(self) -> bool:
+        """Whether nothing is known to keep the root of the squares above zero."""
+        return not any(
+            isinstance(e, int | float) and e > 0 for e in (self.eps, self.eps_root)
+        )
+
+
+# What is added to the moments
+
+
+def _memory(rule: MomentRule, t: jax.Array) -> tuple[Any, Any]:
+    """Returns decay and weight of the squares at the step of that number."""
+    if rule.is_growing:
+        lost = jnp.clip(_PART / t, 1.0 - rule.last_b2, 1.0 - rule.b2)
+        decay = 1.0 - lost
+    else:
+        decay, lost = rule.b2, 1.0 - rule.b2
+    if not rule.may_be_sum:
+        return decay, lost
+    # in the precision of the decay: one that is rounded to 1 decays nothing
+    return decay, jnp.where(jnp.asarray(decay, jnp.float32) == 1.0, 1.0, lost)
+
+
+def _product_of_decays(rule: MomentRule, t: jax.Array) -> jax.Array:
+    """Returns the product of the decays of all squares so far."""
+    if not rule.is_growing:
+        return rule.b2**t
+    # it grows between these steps, where factors (j - 4) / j cancel each other
+    first, last = _PART / (1.0 - rule.b2), _PART / (1.0 - rule.last_b2)
+    steps = jnp.clip(t, first, last)
+    growing = math.prod((first - k) / (steps - k) for k in range(_PART))
+    before, after = jnp.minimum(t, first), jnp.maximum(t - last, 0.0)
+    # one exponential: every power would be a kernel of its own
+    return growing * jnp.exp(
+        before * jnp.log(jnp.maximum(rule.b2, _SMALLEST))
+        + after * jnp.log(jnp.maximum(rule.last_b2, _SMALLEST))
+    )
+
+
+def _square(g: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the squared magnitudes of entries."""
+    if jnp.iscomplexobj(g):
+        return jnp.square(g.real) + jnp.square(g.imag)
+    return jnp.square(g.astype(dtype))
+
+
+def _square_of(rule: MomentRule, g: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns what the second moment of a tensor takes in."""
+    square = _square(g, dtype)
+    return jnp.sum(square) / max(g.size, 1) if rule.per_tensor else square
+
+
+# What the moments may be
+
+
+def _wide(x: jax.Array) -> jnp.dtype:
+    """Returns the dtype of moments: a decay of 0.999 is lost in bfloat16."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _is_mean_of_squares(n: jax.Array) -> jax.Array:
     """Returns which entries are neither negative nor infinite nor NaN.
 
@@ -31,6 +128,20 @@ def _is_mean_of_squares(n: jax.Array) -> jax.Array:
     kind = jnp.dtype(f"uint{8 * n.dtype.itemsize}")
     infinity = np.array(np.inf, n.dtype).view(kind)
     return lax.bitcast_convert_type(n, kind) < infinity
+
+
+def _largest_update(rule: MomentRule, weight: Any) -> jax.Array:
+    """Returns the bound on an update, for one entry in its tensor.
+
+    Args:
+      rule: the numbers.
+      weight: that of the last square in the second moment.
+    """
+    ratio = jnp.asarray(rule.b1**2 / jnp.maximum(rule.b2, _SMALLEST), jnp.float32)
+    series = jnp.where(ratio < 1.0, 1.0 / jnp.sqrt(1.0 - ratio), jnp.inf)
+    share = rule.gradient_share
+    bound = (1.0 - share) * (1.0 - rule.b1) * series + share
+    return jnp.asarray(bound / jnp.sqrt(weight), jnp.float32)
 
 
 class ScaleByMicroRateState(NamedTuple):
@@ -210,62 +321,31 @@ def scale_by_micro_rate(
             "squares has no bias: give bias_correction=False, or another b2; got "
             f"b2 = {b2}."
         )
-    b2, last_b2 = check_growing("b2", b2, 0.0, 1.0, high_open=bias_correction)
+    decays = check_growing("b2", b2, 0.0, 1.0, high_open=bias_correction)
     check_range("gradient_share", gradient_share, 0.0, 1.0)
     check_range("eps", eps, 0.0, float("inf"))
     check_range("eps_root", eps_root, 0.0, float("inf"))
     check_range("initial_scale", initial_scale, 0.0, float("inf"))
-
-    may_be_zero = not any(isinstance(e, int | float) and e > 0 for e in (eps, eps_root))
-    may_be_sum = not (isinstance(last_b2, int | float) and np.float32(last_b2) < 1)
-
-    def memory(t: jax.Array) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
-        """Returns decay and weight of the squares at the step of that number."""
-        if last_b2 is b2:
-            decay, lost = b2, 1.0 - b2
-        else:
-            lost = jnp.clip(_PART / t, 1.0 - last_b2, 1.0 - b2)
-            decay = 1.0 - lost
-        # in the precision of the decay: one that is rounded to 1 decays nothing
-        is_sum = jnp.asarray(decay, jnp.float32) == 1.0
-        return decay, jnp.where(is_sum, 1.0, lost) if may_be_sum else lost
-
-    def product(t: jax.Array) -> jax.Array:
-        """Returns the product of all decays of squares so far."""
-        if last_b2 is b2:
-            return b2**t
-        # it grows between these steps, where factors (j - 4) / j cancel each other
-        first, last = _PART / (1.0 - b2), _PART / (1.0 - last_b2)
-        steps = jnp.clip(t, first, last)
-        growing = math.prod((first - k) / (steps - k) for k in range(_PART))
-        before, after = jnp.minimum(t, first), jnp.maximum(t - last, 0.0)
-        return b2**before * growing * last_b2**after
-
-    def largest(weight: jax.typing.ArrayLike) -> jax.Array:
-        """Returns the bound on an update, for one entry in its tensor; see above."""
-        ratio = jnp.asarray(b1**2 / jnp.maximum(b2, _SMALLEST), jnp.float32)
-        series = jnp.where(ratio < 1.0, 1.0 / jnp.sqrt(1.0 - ratio), jnp.inf)
-        bound = (1.0 - gradient_share) * (1.0 - b1) * series + gradient_share
-        return jnp.asarray(bound / jnp.sqrt(weight), jnp.float32)
-
-    def wide(x: jax.Array) -> jnp.dtype:
-        # a decay of 0.999 is lost in bfloat16, and a square overflows float16
-        return jnp.promote_types(x.dtype, jnp.float32)
-
-    def squared(g: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        if jnp.iscomplexobj(g):
-            return jnp.square(g.real) + jnp.square(g.imag)
-        return jnp.square(g.astype(dtype))
+    rule = MomentRule(
+        b1,
+        *decays,
+        eps,
+        eps_root,
+        gradient_share,
+        bias_correction,
+        initial_scale,
+        per_tensor,
+    )
 
     def initial(p: jax.Array) -> jax.Array:
         like = jnp.zeros((), p.real.dtype) if per_tensor else p.real
-        return jnp.full_like(like, initial_scale, wide(like))
+        return jnp.full_like(like, initial_scale, _wide(like))
 
     def init_fn(params: optax.Params) -> ScaleByMicroRateState:
         return ScaleByMicroRateState(
             micro_count=jnp.zeros((), jnp.int32),
             num_micro_held=jnp.zeros((), jnp.int32),
-            mu=jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype or wide(p)), params),
+            mu=jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype or _wide(p)), params),
             nu=jax.tree.map(initial, params),
         )
 
@@ -282,18 +362,18 @@ def scale_by_micro_rate(
         check_state_type("scale_by_micro_rate", state, ScaleByMicroRateState)
         check_updates("scale_by_micro_rate", updates, state.mu)
         is_open, updates = open_gate(updates, verdict)
-        # Decays that become "keep", with a gradient that is zero: selecting the old
-        # state afterwards would keep old and new alive, and cost a copy.
-        keep1, add1 = jnp.where(is_open, b1, 1.0), jnp.where(is_open, 1.0 - b1, 0.0)
-        count = count_if(is_open, state.micro_count)
-        if verdict is not None:
-            keep1 = jnp.where(verdict == Verdict.REVERT, 0.0, keep1)
         is_restart = None if audit is None else audit.is_restart
+        count = count_if(is_open, state.micro_count)
         if is_restart is not None:
             count = jnp.where(is_restart, 0, count)
         t = jnp.maximum(count, 1).astype(jnp.float32)
-        decay, weight = memory(t)
+        decay, weight = _memory(rule, t)
+        # Decays that become "keep", with a gradient that is zero: selecting the old
+        # state afterwards would keep old and new alive, and cost a copy.
+        keep1, add1 = jnp.where(is_open, b1, 1.0), jnp.where(is_open, 1.0 - b1, 0.0)
         keep2, add2 = jnp.where(is_open, decay, 1.0), jnp.where(is_open, weight, 0.0)
+        if verdict is not None:
+            keep1 = jnp.where(verdict == Verdict.REVERT, 0.0, keep1)
 
         def averaged(g: jax.Array, m: jax.Array) -> jax.Array:
             healed = jnp.where(is_sound(m), m, 0)
@@ -304,30 +384,29 @@ def scale_by_micro_rate(
             if is_restart is not None:
                 is_kept &= ~is_restart
             healed = jnp.where(is_kept, n, initial_scale)
-            square = squared(g, n.dtype)
-            if per_tensor:
-                square = jnp.sum(square) / max(g.size, 1)
-            if may_be_sum:  # which could overflow; a bound on it would cost a copy
+            square = _square_of(rule, g, n.dtype)
+            if rule.may_be_sum:  # which could overflow; a bound on it would cost a copy
                 half = jnp.finfo(n.dtype).max / 2
                 healed, square = jnp.minimum(healed, half), jnp.minimum(square, half)
             return (add2 * square + keep2 * healed).astype(n.dtype)
 
         mu = jax.tree.map(averaged, updates, state.mu)
         nu = jax.tree.map(averaged_square, updates, state.nu)
-        content1, content2 = (1.0 - b1**t, 1.0 - product(t)) if bias_correction else (1, 1)
+        content1 = 1.0 - b1**t if bias_correction else 1.0
+        content2 = 1.0 - _product_of_decays(rule, t) if bias_correction else 1.0
         gate = jnp.where(is_open, (1.0 - gradient_share) / content1, 0.0)
         debias = 1.0 / content2
-        limit = (_TOLERANCE * largest(weight)) ** 2 * debias
+        limit = (_TOLERANCE * _largest_update(rule, weight)) ** 2 * debias
 
         def scaled(g: jax.Array, m: jax.Array, n: jax.Array) -> jax.Array:
-            mean = gate * m + gradient_share * g.astype(wide(g))
+            mean = gate * m + gradient_share * g.astype(_wide(g))
             root = jnp.sqrt(debias * n + eps_root) + eps
             u = mean / root
-            if may_be_zero:  # an entry without gradients is 0 / 0
+            if rule.may_divide_by_zero:  # an entry without gradients is 0 / 0
                 u = jnp.where(root > 0, u, 0)
             # not from u: XLA would store what is used twice and has a division in it
             most = limit * n * max(g.size, 1) if per_tensor else limit * n
-            is_impossible = squared(mean, n.dtype) > most + _SMALLEST
+            is_impossible = _square(mean, n.dtype) > most + _SMALLEST
             return jnp.where(is_impossible, 0, u).astype(g.dtype)
 
         return jax.tree.map(scaled, updates, mu, nu), ScaleByMicroRateState(

@@ -10,9 +10,13 @@ import pathlib
 import re
 import runpy
 
+import jax.numpy as jnp
+import optax
 import pytest
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+QUOTES = runpy.run_path(ROOT / "benchmarks" / "quotes.py")
 PAGES = sorted(DOCS.glob("*.md"))
 PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -59,6 +63,89 @@ def test_the_report_has_the_line_of_the_page_and_what_came_instead():
     assert 'File "page.md", line 4' in report
     assert report.endswith("Got:\n    2\n")
 
+
+# ---- README --------------------------------------------------------------------------
+
+
+def test_the_blocks_of_the_readme_run_one_after_the_other():
+    text = (ROOT / "README.md").read_text()
+    first, second = BLOCK.findall(text)
+    assert len([line for line in first.splitlines() if line]) <= 15
+    names = {"optax": optax, "schedule": optax.constant_schedule(1e-3)}
+    exec(first, names)  # as it stands: it imports what it needs
+    assert jnp.max(jnp.abs(names["params"] - names["target"])) < 0.1
+    plain = optax.adamw(names["schedule"])
+    names["opt_state"] = plain.init(names["params"])
+    exec(second, names)
+
+
+def test_the_readme_is_short():
+    assert (ROOT / "README.md").read_text().count("\n") <= 120
+
+
+def test_what_the_readme_links_to_is_there():
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert len(links) > 10
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+# ---- Quotes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", QUOTES["PAGES"], ids=lambda page: page.stem)
+def test_what_a_page_quotes_is_what_is_stored(page):
+    text = page.read_text()
+    assert text.count("<!--quote") == len(QUOTES["QUOTE"].findall(text))
+    assert QUOTES["quoted"](text) == text  # if not: python benchmarks/quotes.py
+
+
+RESULT = """# Faults
+
+| fault | lalerg | adamw |
+| --- | --- | --- |
+| **all** | **98.4** | 41.7 |
+| one | 44 / 23 / +7 | 3 |
+| one | 2 | 4 |
+"""
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{made/Faults/all/lalerg} %", "98.4 %"),
+        ("{made/Faults/one; 44 / 23 / +7/adamw}", None),  # parts are not keys
+        ("{made/Faults/one; 2/2}", "4"),
+        ("{made/Faults/one/lalerg}", None),  # of which there are two
+        ("{made/Faults/none/lalerg}", None),
+        ("{made/Other/all/lalerg}", None),
+        ("{made/Faults/all/other}", None),
+    ],
+)
+def test_a_quote_is_a_cell_of_a_table(tmp_path, template, expected):
+    (tmp_path / "made.md").write_text(RESULT)
+    page = f"text <!--quote {template}-->old<!--/quote--> text"
+    if expected is None:
+        with pytest.raises((KeyError, ValueError)):
+            QUOTES["quoted"](page, tmp_path)
+    else:
+        expected = page.replace("old", expected)
+        assert QUOTES["quoted"](page, tmp_path) == expected
+
+
+def test_a_quote_may_be_a_part_of_a_cell(tmp_path):
+    (tmp_path / "made.md").write_text("# A\n\n| x | y |\n| - | - |\n| a | 4 / 2 |\n")
+    assert QUOTES["filled"]("{made/A/a/y/1}", tmp_path) == "2"
+
+
+def test_a_quote_may_be_a_table(tmp_path):
+    (tmp_path / "made.md").write_text(RESULT)
+    lines = QUOTES["filled"]("{made/Faults}", tmp_path).strip().splitlines()
+    assert lines[0] == "| fault | lalerg | adamw |"
+    assert lines[2] == "| all | 98.4 | 41.7 |"
+
+
+# ---- Public names --------------------------------------------------------------------
 
 PUBLIC = [
     pytest.param(value, id=f"{path}.{name}")
