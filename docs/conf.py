@@ -11,11 +11,12 @@ PACKAGE = project = "lalerg_optax"
 copyright = "the lalerg_optax authors"
 release = lalerg_optax.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx-mathjax-offline"]
 extensions += ["sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 templates_path: list[str] = []
 html_theme = "furo"
+html_favicon = "icon.svg"
 html_title = f"lalerg_optax {release}"
 
 myst_enable_extensions = ["dollarmath", "deflist"]
