@@ -8,7 +8,10 @@ optimizer and seed without fault by at most 5 % of the drop that was made withou
     python benchmarks/faults.py --out benchmarks/results/faults     # all, for hours
     python benchmarks/faults.py --quick                             # under 2 minutes
     python benchmarks/faults.py --tasks mlp photo --only lalerg     # some of it
+    python benchmarks/faults.py --tasks SMALL                       # batch sizes 1, 8
     python benchmarks/faults.py --report-only                       # table and figure
+
+With small batches, "mlp, batch 1", tasks and tuned rates are those of ``noise.json``.
 
 A fault is data: for every step, what happens to batch, gradient, loss, update, rate,
 parameters and moments. So one program for each task and optimizer runs them all. What
@@ -30,6 +33,8 @@ import optax
 from cost import skip_step
 from decades import WEIGHT_DECAY, Results, adamw, linear
 from jax import lax
+from noise import CASES as NOISE_CASES
+from noise import stored as noise_stored
 from rich.progress import Progress
 from store import RESULTS, Store, opened, options_of, publish, rounded, table
 from tasks import DEVELOPMENT, TASKS, Batch, Task, _full_loss
@@ -50,6 +55,11 @@ FAULT_TASKS = (
     "photo",
     "words",
 )
+SMALL_BATCHES = {  # tasks of noise.py, the second half of them held back
+    f"{name}, batch {size}": (name, size)
+    for name in ("mlp", "logistic", "affairs", "photo", "words", "rows")
+    for size in (1, 8)
+}
 
 
 # Faults
@@ -64,6 +74,10 @@ class Plan(NamedTuple):
       grad_factor: factor of the gradient.
       grad_term: added to the gradient where ``grad_reach`` says.
       grad_reach: 0 nowhere, 1 one entry, 2 one leaf, 3 all.
+      row_factor: factor of a row of a leaf: what a number that is an operand of a
+        matrix product does to the gradient of the weights.
+      row_exponent: power of two that is such a factor, too.
+      grad_flip: bits of one entry of the gradient that are flipped.
       loss_scale: if above 0, gradients are those of float16 with this loss scale.
       loss_term: added to the loss.
       update_factor: factor of the update, behind the optimizer's back.
@@ -79,6 +93,9 @@ class Plan(NamedTuple):
     grad_factor: Any = 1.0
     grad_term: Any = 0.0
     grad_reach: Any = 0
+    row_factor: Any = 1.0
+    row_exponent: Any = 0
+    grad_flip: Any = 0
     loss_scale: Any = 0.0
     loss_term: Any = 0.0
     update_factor: Any = 1.0
@@ -139,6 +156,14 @@ POISONS = {"shuffled targets": 1, "inputs x 100": 2, "constant batch": 3}
 TARGETS = {"parameter": 1, "first moment": 2, "second moment": 3}
 BITS = {"sign": 31, "top exponent": 30, "low exponent": 23, "top mantissa": 22}
 VALUES = {"Inf": 0x7F800000, "NaN": 0x7FC00000}
+
+
+OPERANDS = {  # a flipped bit of a number below 2: by what it is multiplied
+    "sign": {"row_factor": -1.0},
+    "exponent + 8": {"row_exponent": 8},
+    "exponent + 32": {"row_exponent": 32},
+    "top exponent": {"row_exponent": 128},
+}
 
 
 def _counted(num_steps: int) -> str:
@@ -224,6 +249,25 @@ FAULTS = (
         for name, target in TARGETS.items()
         for value, bits in VALUES.items()
     ),
+    # as they show in the gradient of the weights (arXiv 2604.00726)
+    *(
+        Fault(f"operand of a product: {bit} bit flipped", "matrix product hit", what)
+        for bit, what in OPERANDS.items()
+    ),
+    *(
+        Fault(
+            f"entry of a product: {bit} bit flipped",
+            "matrix product hit",
+            {"grad_flip": 1 << position},
+        )
+        for bit, position in BITS.items()
+    ),
+    Fault(
+        "operand of a product: exponent + 32, 1 % of steps",
+        "matrix product hit",
+        OPERANDS["exponent + 32"],
+        share=0.01,
+    ),
     # the largest float16 is 65504
     Fault(
         "loss scale 2^32 at every 50th step",
@@ -265,35 +309,46 @@ def poisoned(batch: Batch, train: Batch, poison: jax.Array) -> Batch:
     )
 
 
-def _pick(tree: PyTree, place: jax.Array) -> tuple[PyTree, PyTree]:
-    """Returns which leaf and, in every leaf, which entry a place chooses: bools."""
+def _pick(tree: PyTree, place: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
+    """Returns which leaf and, in every leaf, which entry and row it chooses: bools.
+
+    A row is what belongs to one output: all entries that are equal in their last index.
+    """
     leaves, structure = jax.tree.flatten(tree)
     is_leaf = [place % len(leaves) == i for i in range(len(leaves))]
-    is_entry = []
+    is_entry, is_row = [], []
     for leaf, chosen in zip(leaves, is_leaf, strict=True):
         number = lax.iota(jnp.uint32, leaf.size).reshape(leaf.shape)
-        is_entry.append(chosen & (number == place // len(leaves) % leaf.size))
-    return structure.unflatten(is_leaf), structure.unflatten(is_entry)
+        width = leaf.shape[-1] if leaf.ndim else 1
+        entry = place // len(leaves) % leaf.size
+        is_entry.append(chosen & (number == entry))
+        is_row.append(chosen & (number % width == entry % width))
+    return tuple(map(structure.unflatten, (is_leaf, is_entry, is_row)))
 
 
 def spoilt(grads: PyTree, plan: Plan) -> PyTree:
     """Returns gradients with what their plan does to them."""
-    is_leaf, is_entry = _pick(grads, plan.place)
 
-    def spoil(g: jax.Array, leaf: jax.Array, entry: jax.Array) -> jax.Array:
+    def spoil(
+        g: jax.Array, leaf: jax.Array, entry: jax.Array, row: jax.Array
+    ) -> jax.Array:
         scale = jnp.where(plan.loss_scale > 0.0, plan.loss_scale, 1.0)
         half = (scale * g).astype(jnp.float16).astype(g.dtype) / scale
         g = plan.grad_factor * jnp.where(plan.loss_scale > 0.0, half, g)
         reach = plan.grad_reach
         is_hit = (reach == 3) | ((reach == 2) & leaf) | ((reach == 1) & entry)
-        return jnp.where(is_hit, g + plan.grad_term, g)
+        g = jnp.where(is_hit, g + plan.grad_term, g)
+        multiplied = jnp.ldexp(plan.row_factor * g, plan.row_exponent.astype(jnp.int32))
+        g = jnp.where(row, multiplied, g)
+        bits = lax.bitcast_convert_type(g, jnp.uint32) ^ plan.grad_flip
+        return jnp.where(entry, lax.bitcast_convert_type(bits, g.dtype), g)
 
-    return jax.tree.map(spoil, grads, is_leaf, is_entry)
+    return jax.tree.map(spoil, grads, *_pick(grads, plan.place))
 
 
 def struck(tree: PyTree, plan: Plan, target: int) -> PyTree:
     """Returns a tree with one entry hit, if that is what the plan aims at."""
-    _, is_entry = _pick(tree, plan.place)
+    _, is_entry, _ = _pick(tree, plan.place)
 
     def strike(x: jax.Array, entry: jax.Array) -> jax.Array:
         bits = lax.bitcast_convert_type(x, jnp.uint32)
@@ -428,6 +483,13 @@ OPTIMIZERS = (
         "norms with a z-score above 2.5 are clipped, restated from arXiv 2504.02507",
     ),
 )
+SMALL_OPTIMIZERS = (
+    "lalerg",
+    "lalerg, no search",
+    "error_regulate(adamw)",
+    "adamw",
+    "clip + adamw",
+)
 QUICK_TASKS = ("regression", "photo")
 QUICK_OPTIMIZERS = ("lalerg", "lalerg, no search", "adamw", "clip + adamw")
 QUICK_STEPS = 300
@@ -527,6 +589,28 @@ def measure(
     return jax.tree.map(np.asarray, cells(jnp.arange(num_seeds), plans))
 
 
+def task_of(name: str) -> Task:
+    """Returns a task, that of small batches among them."""
+    if name not in SMALL_BATCHES:
+        return TASKS[name]()
+    of, size = SMALL_BATCHES[name]
+    case = NOISE_CASES[of]
+    return case.make()._replace(batch_size=size, num_steps=case.num_steps)
+
+
+def rates_of(names: Iterable[str]) -> dict[str, float]:
+    """Returns the rates of tuned AdamW."""
+    tuned = Results(RESULTS / "decades.json")
+    tuned.load()
+    noisy = noise_stored()
+    return {
+        name: noisy.reference(*SMALL_BATCHES[name], "rates")
+        if name in SMALL_BATCHES
+        else tuned.reference(name, "rates")
+        for name in names
+    }
+
+
 def entry_of(task: Task, optimizer: Optimizer, **settings: Any) -> dict[str, Any]:
     """Runs all faults of an optimizer and a task; returns what is stored of them."""
     return {f: rounded(x) for f, x in measure(task, optimizer, **settings).items()}
@@ -599,7 +683,9 @@ def measure_all(
         for name, optimizer in jobs:
             label = f"{name}: {optimizer.name}"
             progress.update(bar, description=label[:36].ljust(36))
-            task = made.setdefault(name, TASKS[name]())
+            if name not in made:
+                made[name] = task_of(name)
+            task = made[name]
             settings = {
                 "rate": rates[name],
                 "num_seeds": 1 if quick else NUM_SEEDS,
@@ -662,6 +748,28 @@ def family_table(results: Runs) -> list[str]:
     return table(["fault", *names], [*lines, ["runs", *number], ["tasks", *tasks]])
 
 
+def small_table(results: Runs) -> list[str]:
+    """Returns the share of runs within 5 % at small batch sizes."""
+    names = [name for name in names_of(results) if name in SMALL_OPTIMIZERS]
+    lines = []
+    for title, part in (("chosen on", slice(0, 6)), ("held back", slice(6, None))):
+        for size in (1, 8):
+            tasks = [
+                task
+                for task in tuple(SMALL_BATCHES)[part]
+                if SMALL_BATCHES[task][1] == size
+                and all(results.has(task, name) for name in names)
+            ]
+            cells = [share(results.select(n, tasks=tasks)) for n in names]
+            lines.append([f"batch size {size}, tasks {title}", *cells])
+    for family in FAMILIES:
+        cells = [share(results.select(n, family, tasks=SMALL_BATCHES)) for n in names]
+        lines.append([family, *cells])
+    cells = [share(results.select(n, tasks=SMALL_BATCHES)) for n in names]
+    lines.append(["**all**", *(f"**{cell}**" for cell in cells)])
+    return table(["fault", *names], lines)
+
+
 def fault_table(results: Runs) -> list[str]:
     """Returns the share of runs within 5 %, fault by fault."""
     names = names_of(results)
@@ -721,7 +829,8 @@ def miss_table(results: Runs) -> list[str]:
     """Returns the runs of this library that are not within 5 %."""
     lines = []
     for optimizer in OPTIMIZERS:
-        for task in tasks_of(results, optimizer.name) if optimizer.is_own else ():
+        known = [t for t in (*TASKS, *SMALL_BATCHES) if results.has(t, optimizer.name)]
+        for task in known if optimizer.is_own else ():
             excess = results.excess_of(task, optimizer.name)
             skipped, reverted = (
                 results.get(task, optimizer.name, field)
@@ -760,6 +869,12 @@ def report(results: Runs) -> str:
         f"that are held back ({', '.join(t for t in TASKS if t not in DEVELOPMENT)}).",
         "",
         *family_table(results),
+        "## Small batches",
+        "",
+        f"{', '.join(SMALL_BATCHES)}: tasks of `noise.py`, at the rate of AdamW tuned "
+        "at that batch size.",
+        "",
+        *small_table(results),
         "## Fault by fault",
         "",
         *fault_table(results),
@@ -811,20 +926,26 @@ def draw(results: Runs, path: Path) -> None:
 def main() -> None:
     """Measures, stores, and writes tables and figure."""
     names = [optimizer.name for optimizer in OPTIMIZERS]
-    options = options_of(__doc__, names, FAULT_TASKS, tuple(TASKS))
-    tuned = Results(RESULTS / "decades.json")
-    tuned.load()
+    words = ("SMALL", *TASKS, *SMALL_BATCHES)
+    options = options_of(__doc__, names, (*FAULT_TASKS, "SMALL"), words)
     results = opened(Runs, "faults", options)
     if not options.report_only:
-        tasks, faults = options.tasks, (NONE, *FAULTS)
+        tasks, faults = [t for t in options.tasks if t != "SMALL"], (NONE, *FAULTS)
+        tasks += [t for t in SMALL_BATCHES if "SMALL" in options.tasks]
         chosen = [o for o in OPTIMIZERS if o.name in options.only]
         if options.quick:
             tasks = [t for t in tasks if t in QUICK_TASKS]
             chosen = [o for o in chosen if o.name in QUICK_OPTIMIZERS]
             faults = (NONE, *FAULTS[::3])
-        jobs = [(task, optimizer) for task in tasks for optimizer in chosen]
-        rates = {task: tuned.reference(task, "rates") for task in tasks}
-        measure_all(results, rates, jobs, faults, options.quick, options.force)
+        jobs = [
+            (task, optimizer)
+            for task in tasks
+            for optimizer in chosen
+            if task not in SMALL_BATCHES or optimizer.name in SMALL_OPTIMIZERS
+        ]
+        measure_all(
+            results, rates_of(tasks), jobs, faults, options.quick, options.force
+        )
     publish(results, report(results), draw)
 
 
