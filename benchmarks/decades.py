@@ -32,8 +32,8 @@ from store import Store, opened, options_of, publish, rounded, table
 from tasks import DEVELOPMENT, REPORT, TASKS, Task, run
 
 import lalerg_optax as lo
-from lalerg_optax._judge import JudgeRule
-from lalerg_optax._search import SearchRule
+from lalerg_optax._records import JudgeRule
+from lalerg_optax._search_rule import SearchRule
 
 PyTree = Any
 Rates = tuple[float, ...]

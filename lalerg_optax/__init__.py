@@ -1,14 +1,14 @@
 """Two-Level Adaptive Learning with Error-Regulated Gradient, for Optax."""
 
-from ._adapters import Carrier as Carrier
 from ._adapters import TracksParamsState as TracksParamsState
-from ._adapters import carry_value as carry_value
 from ._adapters import tracks_params as tracks_params
-from ._adapters import value_from_gradient as value_from_gradient
 from ._adapters import without_value as without_value
 from ._adopt import adopt as adopt
 from ._apply import apply_updates as apply_updates
 from ._apply import healthy_params as healthy_params
+from ._carry import Carrier as Carrier
+from ._carry import carry_value as carry_value
+from ._carry import value_from_gradient as value_from_gradient
 from ._history import LossHistory as LossHistory
 from ._lalerg import lalerg as lalerg
 from ._macro import ScaleByMacroRateState as ScaleByMacroRateState

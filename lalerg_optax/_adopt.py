@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._judge import RegulatorScalars
 from ._macro import ScaleByMacroRateState, under_way
 from ._micro import ScaleByMicroRateState
+from ._records import RegulatorScalars
 from ._regulate import ErrorRegulateState
 from ._scalars import pack, unpack
 

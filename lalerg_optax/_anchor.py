@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._numbers import is_sound
 from ._sums import sum_entries
 
 PyTree = Any
@@ -104,11 +105,6 @@ def at_hand(is_needed: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
     return lax.cond(is_needed, fetch, lambda: params)
 
 
-def global_norm(tree: PyTree) -> jax.Array:
-    """Returns the global l2 norm, accumulated in float32 whatever the dtypes."""
-    return jnp.sqrt(sum_entries(lambda x: x * x, tree))
-
-
 def look_back(
     grads: PyTree,
     grad_norm: jax.Array,
@@ -156,12 +152,6 @@ def _rounded(param: jax.Array, anchor: jax.Array) -> jax.Array:
     info = jnp.finfo(anchor.dtype)
     # there and back again by casts, XLA would take for nothing
     return lax.reduce_precision(param, info.nexp, info.nmant)
-
-
-def is_sound(param: jax.Array) -> jax.Array:
-    """Returns which entries have a square that is finite in float32."""
-    wide = jnp.promote_types(param.dtype, jnp.float32)
-    return jnp.isfinite(lax.square(param.astype(wide)))
 
 
 def move(is_moved: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._anchor import at_hand, is_sound
-from ._monitor import find_states
+from ._anchor import at_hand
+from ._find import find_states
+from ._numbers import is_sound
 from ._regulate import ErrorRegulateState
 from ._verdict import Verdict
 

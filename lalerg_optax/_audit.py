@@ -9,8 +9,17 @@ import optax
 from jax import lax
 
 from ._anchor import look_back, move
-from ._judge import LOOKS, Look, RegulatorScalars
-from ._scalars import Scalars, pack, read, unpack
+from ._records import (
+    LOOKS,
+    Assessment,
+    Conduct,
+    Decision,
+    JudgeRule,
+    Look,
+    RegulatorScalars,
+)
+from ._scalars import Scalars, lanes, pack, read, unpack
+from ._verdict import Verdict, is_applied
 
 
 class AuditRule(NamedTuple):
@@ -45,6 +54,46 @@ class AuditRule(NamedTuple):
 
 
 RULE = AuditRule()
+
+
+def due(
+    last: RegulatorScalars,
+    seen: Assessment,
+    decision: Decision,
+    rule: JudgeRule,
+    *,
+    audit: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns if there is anything to do about the anchor.
+
+    And whether it may move (0 no, 1 if looks are clear, 2 yes), and how many looks are
+    wanted before it does.
+    """
+    shortest = jnp.maximum(last.num_accepted // 8, rule.min_anchor_every)
+    shortest = jnp.minimum(shortest, rule.anchor_every)
+    longest, num_wanted = shortest, jnp.zeros((), jnp.int32)
+    if audit:
+        # So many looks tell the alignment to so much of itself. The more they are, the
+        # longer the way that they have to look back on. (As one array: one kernel.)
+        steps = lanes([rule.noise_steps, rule.least_steps])
+        alignments = lanes([last.alignment, last.alignment_scale])
+        looks = steps * last.look_variance / jnp.maximum(alignments**2, 1e-12)
+        looks = jnp.minimum(looks, 1e6)
+        ways = (rule.min_anchor_every * looks).astype(jnp.int32)
+        longest = jnp.clip(ways[0], shortest, rule.anchor_every)
+        shortest = jnp.clip(ways[1], shortest, longest)
+        most = jnp.maximum(longest - 1, RULE.num_early)
+        num_wanted = jnp.clip(looks[0].astype(jnp.int32), RULE.num_early, most)
+    is_ordinary = decision.verdict == Verdict.ACCEPT
+    may_move = is_ordinary & seen.is_healthy & (last.anchor_age >= shortest)
+    may_move &= decision.conduct == Conduct.HEALTHY
+    is_late = may_move & (last.anchor_age >= longest)
+    readiness = may_move.astype(jnp.int32) + is_late
+    if not audit:
+        return may_move, readiness, num_wanted
+    early = jnp.maximum(shortest - num_wanted, 1)
+    is_due = is_applied(decision.verdict) & (last.anchor_age >= early)
+    return is_due, readiness, num_wanted
 
 
 def _summed_up(
@@ -129,7 +178,7 @@ def look_and_move(
       axis_name: mapped axes to average over.
     """
 
-    def due() -> tuple[optax.Params, Scalars]:
+    def look_now() -> tuple[optax.Params, Scalars]:
         look = Look(is_moved=readiness > 0)
         if audit:
             is_seen, alignment, reach = look_back(
@@ -173,5 +222,5 @@ def look_and_move(
 
     # The branch that passes a buffer through has to be the false one: as the true
     # one it costs a copy (https://github.com/jax-ml/jax/issues/39449).
-    moved, told = lax.cond(is_due, due, keep)
+    moved, told = lax.cond(is_due, look_now, keep)
     return moved, unpack(Look, told)

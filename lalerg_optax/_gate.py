@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._anchor import global_norm
+from ._sums import global_norm
 from ._verdict import is_applied
 
 

@@ -7,10 +7,10 @@ import jax
 import optax
 
 from ._checks import check_range, check_second_level
+from ._inner import restart_with_audit
 from ._macro import scale_by_macro_rate
 from ._micro import Decay, scale_by_micro_rate
 from ._regulate import error_regulate
-from ._restart import restart_with_audit
 
 
 def lalerg(

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from ._judge import LARGEST
+from ._numbers import LARGEST
 from ._sums import sum_entries
 
 PyTree = Any

@@ -1,6 +1,5 @@
 """Error regulation: judge every step; accept, bound, skip or revert it."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,14 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ._anchor import (
-    at_hand,
-    check_anchor_dtype,
-    check_anchor_memory,
-    copy_params,
-    global_norm,
-)
-from ._audit import RULE, look_and_move
+from ._act import act, admitted, scale_of
+from ._anchor import check_anchor_dtype, check_anchor_memory, copy_params
+from ._assess import assess
+from ._audit import due, look_and_move
 from ._checks import (
     MISSING,
     as_loss,
@@ -25,28 +20,20 @@ from ._checks import (
     check_state_type,
     check_updates,
 )
+from ._decide import decide, overruled
 from ._history import LossHistory
 from ._inner import as_inner
-from ._judge import (
+from ._learn import learn
+from ._local import LocalView, init_local, leaf_squares
+from ._records import (
     Assessment,
-    Conduct,
     Decision,
     JudgeRule,
     Look,
     RegulatorScalars,
-    assess,
-    decide,
-    learn,
-    overruled,
 )
-from ._local import (
-    LeafSquares,
-    LocalView,
-    act_in_turn,
-    init_local,
-    leaf_squares,
-)
-from ._scalars import Scalars, lanes, pack, read, unpack
+from ._scalars import Scalars, pack, read, unpack
+from ._sums import global_norm
 from ._verdict import Audit, Verdict, is_applied
 
 
@@ -88,82 +75,6 @@ class ErrorRegulateState(NamedTuple):
         return read(RegulatorScalars, self.scalars, name)
 
 
-def _due(
-    last: RegulatorScalars,
-    seen: Assessment,
-    decision: Decision,
-    rule: JudgeRule,
-    *,
-    audit: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns if there is anything to do about the anchor.
-
-    And whether it may move (0 no, 1 if looks are clear, 2 yes), and how many looks are
-    wanted before it does.
-    """
-    shortest = jnp.maximum(last.num_accepted // 8, rule.min_anchor_every)
-    shortest = jnp.minimum(shortest, rule.anchor_every)
-    longest, num_wanted = shortest, jnp.zeros((), jnp.int32)
-    if audit:
-        # So many looks tell the alignment to so much of itself. The more they are, the
-        # longer the way that they have to look back on. (As one array: one kernel.)
-        steps = lanes([rule.noise_steps, rule.least_steps])
-        alignments = lanes([last.alignment, last.alignment_scale])
-        looks = steps * last.look_variance / jnp.maximum(alignments**2, 1e-12)
-        looks = jnp.minimum(looks, 1e6)
-        ways = (rule.min_anchor_every * looks).astype(jnp.int32)
-        longest = jnp.clip(ways[0], shortest, rule.anchor_every)
-        shortest = jnp.clip(ways[1], shortest, longest)
-        most = jnp.maximum(longest - 1, RULE.num_early)
-        num_wanted = jnp.clip(looks[0].astype(jnp.int32), RULE.num_early, most)
-    is_ordinary = decision.verdict == Verdict.ACCEPT
-    may_move = is_ordinary & seen.is_healthy & (last.anchor_age >= shortest)
-    may_move &= decision.conduct == Conduct.HEALTHY
-    is_late = may_move & (last.anchor_age >= longest)
-    readiness = may_move.astype(jnp.int32) + is_late
-    if not audit:
-        return may_move, readiness, num_wanted
-    early = jnp.maximum(shortest - num_wanted, 1)
-    is_due = is_applied(decision.verdict) & (last.anchor_age >= early)
-    return is_due, readiness, num_wanted
-
-
-def _scale(
-    seen: Assessment,
-    verdict: jax.Array,
-    grad_norm: jax.Array,
-    clip_norm: jax.typing.ArrayLike | None,
-) -> jax.Array:
-    """Returns the factor of a gradient that is to be bounded, or clipped."""
-    limit = jnp.where(verdict == Verdict.BOUND, jnp.exp(seen.log_limit), jnp.inf)
-    if clip_norm is not None:
-        limit = jnp.minimum(limit, clip_norm)
-    return jnp.where(grad_norm > limit, limit / grad_norm, 1.0)
-
-
-def _scaled(g: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns a gradient times a scale of at most 1.
-
-    What is rounded to bfloat16 for several uses XLA stores; to cut digits off is free.
-    """
-    if g.dtype != jnp.bfloat16:
-        return scale.astype(g.dtype) * g
-    wide = lax.bitcast_convert_type(scale * g.astype(jnp.float32), jnp.uint32)
-    return lax.bitcast_convert_type((wide >> 16).astype(jnp.uint16), jnp.bfloat16)
-
-
-def _admitted(
-    grads: optax.Updates, verdict: jax.Array, scale: jax.Array
-) -> optax.Updates:
-    """Returns the gradient that ``inner`` sees: zero on a rejected batch."""
-    is_open = is_applied(verdict)
-
-    def admit(g: jax.Array) -> jax.Array:
-        return _scaled(jnp.where(is_open, g, 0).astype(g.dtype), scale)
-
-    return jax.tree.map(admit, grads)
-
-
 def _loss_told(seen: Assessment, verdict: jax.Array, avg_value: jax.Array) -> jax.Array:
     """Returns the loss that ``inner`` sees: the average one on a rejected batch."""
     is_bounded = verdict == Verdict.BOUND
@@ -196,41 +107,6 @@ def _told(
     }
 
 
-def _act(
-    verdict: jax.Array,
-    damping: jax.Array,
-    params: optax.Params,
-    inner_updates: optax.Updates,
-    anchor: optax.Params,
-    grads: optax.Updates,
-    squares: LeafSquares | None,
-    axis_name: str | tuple[str, ...] | None,
-) -> tuple[optax.Updates, LocalView | None]:
-    """Returns the step that params take, and its local view if squares are given."""
-    is_reverted = verdict == Verdict.REVERT
-    gate = jnp.where(verdict == Verdict.SKIP, 0.0, damping)
-    home = at_hand(is_reverted, anchor, params)
-
-    def act(gate: jax.Array, p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
-        damped = (gate * u).astype(p.dtype)
-        step = jnp.where(is_reverted, a.astype(p.dtype) - p, damped)
-        is_safe = jnp.isfinite(p + step)  # of 0 * nan, too
-        return jnp.where(is_safe, step, jnp.zeros((), p.dtype))
-
-    if squares is None:
-        act_on_leaf = functools.partial(act, gate)
-        return jax.tree.map(act_on_leaf, params, inner_updates, home), None
-    return act_in_turn(
-        act,
-        gate,
-        (params, inner_updates, home),
-        grads,
-        squares,
-        is_accepted=is_applied(verdict),
-        axis_name=axis_name,
-    )
-
-
 def error_regulate(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -249,201 +125,19 @@ def error_regulate(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Judges every update by what it did to the loss, and undoes one that did harm.
 
-    Optax hands over ``value``, the loss :math:`L_t` at the *current* params, so that
-    the update of one step is judged at the next ones, on other batches. A high loss
-    alone is no verdict: it may be a hard batch. What tells is whether losses stay high,
-    and whether they do at params that are known to be healthy.
-
-    **Errors.** Let :math:`m` and :math:`s` be the median and the upper spread
-    (`LossHistory.centre_and_spread`) of the last 128 losses, :math:`m^g` and
-    :math:`s^g` those of the logarithms of the gradient norm, and :math:`L_1` the
-    smallest of the first 16 losses. Each error is a rise in units of what is tolerated;
-    1 is the threshold:
+    The loss :math:`L_t` is compared with the median :math:`m` and the upper spread
+    :math:`s` of the last 128 and with the first one, :math:`L_1`; the logarithm of the
+    gradient norm likewise. An error above 1 is more than is tolerated:
 
     .. math::
 
-        e_{loss}  &= \frac{L_t - m}{\max(k s,\; \varphi (L_1 - m),\; 10^{-5} |m|)} \
-        e_{norm}  &= \frac{\log |g_t| - m^g}{\max(k s^g,\; \log 4,\; h - m^g)}
+        e = \frac{L_t - m}{\max(threshold \cdot s,\; progress\_fraction \cdot
+            (L_1 - m),\; 10^{-5} |m|)}
 
-    with :math:`k` = ``threshold``, :math:`\varphi` = ``progress_fraction`` and
-    :math:`h` the largest log norm of a bounded step that did no harm, at most that of
-    5/4 of the bound. The windows are
-    those before this step. A loss or norm that is not finite, or a norm whose square
-    overflows float32, has an infinite error, shown as 1e37. :math:`e_{loss}` is 0 until
-    16 values are known; :math:`e_{norm}` is known from the second step on, with a floor
-    of log 16 instead of log 4 until there are 16 values. A loss that never was
-    anything but
-    constant (both :math:`s` and the progress are 0) has no error, because nothing tells
-    its scale. A norm of 0 has no error and is not recorded. A step is *healthy* where
-    both errors are below 1/2.
-
-    **Doubt** sums up the evidence against the params,
-
-    .. math::
-
-        D \leftarrow \max(0,\; D + \min(\max(e_{loss}, 0), 1) - 1/4)
-
-    so that two high losses in a row weigh as much as many that are a little too high.
-    A step that is not finite adds 3/4. Let :math:`H` be the most doubt that ever
-    subsided by itself, or proved to be that of the data: the params come under trial
-    where
-
-    .. math:: D \ge \max(5/4,\; \min(2 H + 3/4,\; 3/2 \; patience))
-
-    (5/4 on a step that is not finite). So a kind of data that was hard for a while and
-    did no harm is left alone from then on. After a first harm, a trial at least 16
-    accepted steps later at which less than half of the progress :math:`L_1 - m` is
-    undone makes :math:`H` at least 16 times the doubt so far, for rare data often raise
-    the loss of all others for some steps, and that passes. The anchor is held
-    meanwhile, so that waiting costs no more than these steps. Where doubt reaches
-    :math:`3/2 \; patience`, and less than half of the progress is undone, it is the new
-    level.
-
-    **Verdict.**
-
-    ==========  ====================================================================
-    verdict     when, and what is done
-    ==========  ====================================================================
-    ``ACCEPT``  nothing below: the update of ``inner`` times the damping. An entry
-                whose update would make its parameter infinite stays.
-    ``BOUND``   :math:`e_{loss} > 1`: accepted, but ``inner`` sees a gradient scaled
-                down to a log norm of :math:`m^g + \max(k s^g, \log 16, h - m^g)`; in an
-                episode, to 5/4 of the last such norm.
-    ``SKIP``    not finite; or :math:`e_{norm} > 1` though the loss is ordinary, while
-                any of 5 such skips are left (one comes back in 16,384 accepted steps;
-                after that it is ``BOUND`` to :math:`m^g + \log 4`): update zero.
-    ``REVERT``  params go back to the anchor, on this step and the next.
-    ==========  ====================================================================
-
-    **Conduct**, the state between two steps, and what ends it:
-
-    =============  =================================================================
-    HEALTHY        :math:`D > 1/2`: SUSPECT
-    SUSPECT        the anchor is held. :math:`D = 0`: HEALTHY. Trial: REVERT
-    TRIAL          params are those of the anchor. If the mean :math:`e_{loss}` of the
-                   two losses there (each between -1 and 1) is below 1/4, and the last
-                   below 1/2, the updates since the anchor *did harm*: the damping is
-                   multiplied by ``backoff_factor``, down to 2^-10 at least. Else it is
-                   the data: EPISODE
-    EPISODE        the anchor is held. If the error falls from above 1 to
-                   below 1/2, or to a sixteenth, the data are as before, and what was
-                   learnt from the others may have been poison: REVERT, once, for
-                   :math:`H` is larger now. If it gets below 1/2 by and by, they have
-                   been learnt: HEALTHY. After ``patience`` steps, that is the new
-                   level: windows start anew and the step is accepted; but where half
-                   of the progress is undone, first REVERT, to see whether the loss is
-                   high there still
-    =============  =================================================================
-
-    n accepted steps after the last harm :math:`(n / recovery\_steps)^2` cuts of the
-    damping are made good, up to 1. Without a loss (``value=None``) :math:`e_{norm}`
-    takes the place of :math:`e_{loss}`, and a large norm is skipped first while skips
-    are left.
-
-    An alarm, a finite loss or norm with an error above 1, enters its window as the
-    value that, as the 95th percentile, would make the tolerance 1.5 times as wide (but
-    at most as what was tolerated). So the window follows a level that is there to stay,
-    but slowly: a burst of outliers does not blind the judge. A loss that cannot be
-    judged yet is not recorded where the norm objects, nor is anything from the second
-    step of a revert until the conduct is HEALTHY again.
-
-    **Anchor.** A copy of the params before the update of the step, made when the step
-    is accepted and healthy, the conduct is HEALTHY, and params are at least so many
-    accepted updates away from it: an eighth of all accepted so far (rounded down), at
-    least 5 and at most ``anchor_every``. An entry that is not finite, or whose square
-    is not in float32, is not copied.
-
-    **Audit**, if asked for: on the last steps before the anchor may move, and from
-    then on, every accepted step looks back at it with the fresh gradient,
-    :math:`c_i = \langle g, a - p \rangle / (|g| |a - p|)`. When the anchor moves, or
-    after n + 5 looks where it is held, ``inner`` is told (extra argument ``audit``)
-    :math:`c = \sum w_i c_i / \sum w_i`, with the weights :math:`w_i = |g|` in units of
-    its median (at most what is tolerated, or 16) times the updates since the anchor
-    was made, and its standard error
-    :math:`\sqrt{v / N}`. Of N looks the variance of one is :math:`v = \frac{N^2}{N - 1}
-    \sum w_i^2 (c_i - c)^2 / (\sum w_i)^2`, averaged over anchors (decay 0.75).
-    :math:`16 v / c^2` looks, with what was told last, tell it to a quarter of itself.
-    The noisier they are, the longer is the way that they look back on: the 5 steps
-    between anchors become at least :math:`5 \cdot 3 v / \hat c^2`, with :math:`\hat c
-    \leftarrow \max(|c| - \sqrt{v / N}, 3/4 \, \hat c)` at every audit. From then on the
-    anchor waits until c is more than 4 standard errors from 0, but not for longer than
-    :math:`5 \cdot 16 v / c^2` steps; both at most ``anchor_every``. Looks begin n steps
-    before it may move, with n = 16 v / c^2 rounded down, at least 3 and at most one
-    less than the longest way. The first audit decides whether the run has begun well,
-    and looks go on until it is clear: with at least 3 of them (none of which outweighs
-    the others: :math:`(\sum w_i)^2 > 2.5 \sum w_i^2`), mean above 2 standard errors, or
-    16 of them. A mean below -3 standard errors says that the first steps led nowhere,
-    and params more than 1 % of the anchor's norm away from it that they were too long,
-    whatever they led to (at the first two tries alone: a search from below costs
-    little). REVERT to the start, at most 8 times; windows and :math:`L_1` start anew
-    without this loss. Before an audit had :math:`c > 0` no harm cuts the damping, and
-    ``audit.is_restart`` tells links to start anew, too: lowering the rate is the macro
-    level's business.
-
-    **Exactness.** ``p + (a - p)`` is ``a`` up to rounding; given twice it is ``a``
-    bit for bit, unless ``p`` is not finite. `apply_updates` gives ``a`` at once in
-    every case, and to a single entry that is not finite on every step.
-
-    Two forms. *Nested*, ``error_regulate(inner)``: ``inner`` sees nothing of a rejected
-    batch: a zero gradient, for ``value`` the average loss, the verdict (extra argument
-    ``verdict``) and whether updates did harm (``is_harmful``); links of this package
-    then keep their state. Of a bounded batch it sees a bounded gradient, and for
-    ``value`` what the window remembers of the loss. A scalar in the state of ``inner``
-    that becomes NaN or infinite keeps its last value. ``optax.lookahead`` has to be all
-    of ``inner``; params are its ``optax.LookaheadParams``, which go back together, and
-    gradients are like them: ``jax.grad(lambda params: loss(params.fast))(params)``.
-
-    *Flat*, ``error_regulate()`` at the end of a chain: the incoming updates are no
-    gradients and their size follows the schedule, so only the loss is judged, and
-    whether the updates are finite; without a loss (``value=None``), their norm. Links
-    of this package in front of it keep NaN out of their states; others do not, and
-    belong inside ``optax.apply_if_finite``.
-
-    Scale invariant in the loss. Shift invariant as long as the noise of the loss is
-    above 1e-5 of its level.
-
-    Args:
-      inner: the transformation to protect; None for the flat form.
-      threshold: tolerated rise in units of the upper spread, above 0. Taken from
-        the skip-step rules of MaxText, levanter and OLMo (6 standard deviations).
-      progress_fraction: tolerated rise of the loss in units of the progress since
-        the start, at least 0.
-      patience: steps after which hard data are the new level, at least 4.
-      anchor_every: accepted steps between two anchors, at least 1.
-      backoff_factor: cut of the damping when updates did harm, in (0, 1].
-      recovery_steps: accepted steps in which one cut is made good, above 0.
-      clip_norm: if given, gradients are scaled down to this global norm, above 0;
-        the norm is judged before.
-      audit: whether to look back at the anchor before moving it (see above).
-      local: whether to tell, too, what a step did to each leaf of the params:
-        `metrics` then has ``"update_ratio/<leaf>"`` and others. Costs nothing when off;
-        when on, one more pass over gradients, updates and params, and room for about
-        an eighth of the updates (and with JAX 0.12 in bfloat16 a leaf more), or for
-        the largest leaf.
-      anchor_dtype: dtype of the anchor of real params, ``"bfloat16"`` say, which
-        takes half of the memory; by default that of the params. A revert then goes
-        back to the rounded params. It has to have the range of float32.
-      anchor_memory: ``"device"``, or ``"pinned_host"`` to keep the anchor in the
-        memory of the host. It then crosses over when it moves and when params go back
-        to it, and a step needs room for one more copy of the params while it runs.
-      axis_name: name of the mapped axes (``shard_map``, ``pmap``) over which value,
-        norm and what a look back tells are averaged, so that all devices decide alike.
-        Gradients are not: average them before (``jax.lax.pmean``) or in a link of
-        ``inner``, or replicated params will drift apart. Not needed under plain
-        ``jit`` with sharded arrays.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the
-      keyword ``value``: a scalar, the mean loss at the current params, or None to
-      judge by gradient norm alone. Updates have the dtypes of the params.
-
-    Raises:
-      ValueError: for a hyperparameter outside of its range; in ``init`` when the
-        devices do not have that memory; in ``update`` when params are missing,
-        ``value`` is no scalar, gradients have not the tree and the shapes of the
-        params, or the state is that of other params or of another configuration.
-      TypeError: if ``inner`` is no transformation or one that refuses extra arguments,
-        ``value`` no number, or the state that of another transformation.
+    It makes a `Verdict`: a high loss is accepted with a bounded gradient, what is not
+    finite is skipped. Losses that stay high are doubt, and lead back to the anchor, a
+    copy of healthy params; the losses there tell whether params or data were at fault.
+    All equations: ``docs/algorithm.md``; nested or flat: ``docs/forms.md``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo
@@ -458,12 +152,33 @@ def error_regulate(
       >>> bool(jnp.all(updates == 0.0)), int(state.verdict)
       (True, 1)
 
-    References:
-      Chowdhery et al., `PaLM <https://arxiv.org/abs/2204.02311>`_, 2022, section
-      5.1, restarts from a checkpoint and skips batches by hand. Rejecting and
-      retrying with a smaller step is the rule of trust regions (Conn, Gould and
-      Toint, 2000), of error-controlled ODE solvers (Hairer, Norsett and Wanner,
-      1993), and of Rprop with weight backtracking (Riedmiller and Braun, 1993).
+    Args:
+      inner: the transformation to protect; None for the flat form.
+      threshold: tolerated rise in units of the upper spread, above 0.
+      progress_fraction: the same in units of the progress so far, at least 0.
+      patience: steps after which hard data are the new level, at least 4.
+      anchor_every: accepted steps between two anchors, at least 1.
+      backoff_factor: cut of the damping when updates did harm, in (0, 1].
+      recovery_steps: accepted steps in which one cut is made good, above 0.
+      clip_norm: if given, gradients are scaled down to this global norm, above 0.
+      audit: whether to look back at the anchor, for a macro level in ``inner``.
+      local: whether `metrics` is to have what a step did to each leaf, too.
+      anchor_dtype: dtype of the anchor of real params, with the range of float32.
+      anchor_memory: of the anchor: ``"device"`` or ``"pinned_host"``.
+      axis_name: of mapped axes (``shard_map``) over which value and norm are averaged.
+        Gradients are not: average them before. Not needed under plain ``jit``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the keyword
+      ``value``: a scalar, the mean loss at the current params, or None to judge by
+      gradient norm alone. Updates have the dtypes of the params.
+
+    Raises:
+      ValueError: for a hyperparameter outside of its range; in ``init`` when devices
+        lack that memory; in ``update`` for params that are missing, a ``value`` that is
+        no scalar, gradients that do not fit to params, or another state.
+      TypeError: if ``inner`` is no transformation or refuses extra arguments, ``value``
+        is no number, or the state is that of another transformation.
     """
     check_range("threshold", threshold, 0.0, float("inf"), low_open=True)
     check_range("progress_fraction", progress_fraction, 0.0, float("inf"))
@@ -531,12 +246,12 @@ def error_regulate(
         )
         decision = decide(last, seen, rule, has_value=value is not None)
         is_started = last.num_audits_passed > 0 if audit else jnp.ones((), jnp.bool_)
-        due = _due(last, seen, decision, rule, audit=audit)
+        when = due(last, seen, decision, rule, audit=audit)
         # where the way is longer, there is more to see
         weight = seen.weight * last.anchor_age
         way_back = state.anchor, params, updates, grad_norm
         anchor, look = look_and_move(
-            *due, is_started, weight, last, *way_back, audit=audit, axis_name=axis_name
+            *when, is_started, weight, last, *way_back, audit=audit, axis_name=axis_name
         )
         decision = overruled(decision, look.is_failed)
         scalars, history = learn(
@@ -549,11 +264,11 @@ def error_regulate(
         )
 
         # Inner: sees nothing of a rejected batch.
-        scale = _scale(seen, verdict, grad_norm, clip_norm)
+        scale = scale_of(seen, verdict, grad_norm, clip_norm)
         # not those of an outer regulator
         extra_args |= _told(last, decision, look, verdict, is_started, audit=audit)
         inner_updates, inner_state = chained.update(
-            _admitted(updates, verdict, scale),
+            admitted(updates, verdict, scale),
             state.inner_state,
             params,
             value=None if value is None else _loss_told(seen, verdict, avg_value),
@@ -561,7 +276,7 @@ def error_regulate(
         )
 
         # Act.
-        steps, view = _act(
+        steps, view = act(
             verdict, damping, params, inner_updates, anchor, updates, squares, axis_name
         )
         return steps, ErrorRegulateState(

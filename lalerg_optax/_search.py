@@ -1,218 +1,14 @@
 """Search: the rate for all parameters, as a table of phases. Scalars only."""
 
-import enum
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ._judge import LARGEST
 from ._scalars import count_if
+from ._search_rule import MacroScalars, Phase, SearchRule
 from ._verdict import Audit
-
-LARGEST_LOSS = 1e16  # its square, times the length of most windows, is a float32
-
-
-class Steering(NamedTuple):
-    """Which alignment, in units of its best, a rate is steered to once it is found.
-
-    Attributes:
-      target: where the loss is too noisy to go by.
-      slope: of that steering.
-      bold_target: where it is not.
-    """
-
-    target: Any
-    slope: Any
-    bold_target: Any
-
-
-class SearchRule(NamedTuple):
-    """Numbers of the search; those that users see may be traced.
-
-    Attributes:
-      anneal: whether the rate falls when the loss stalls.
-      growth_factor: see `scale_by_macro_rate`, as the next four.
-      slow_growth_factor: likewise.
-      backoff_factor: likewise.
-      good_alignment: likewise.
-      audit_every: likewise.
-      max_rate: bound of the rate, and of its inverse.
-      standard_errors: how many of them make a thing clear.
-      drift: by how much, in units of the best, the alignment may change from one audit
-        to the next: what makes old audits count less.
-      share: of the run so far: an audit of fewer steps moves the rate by less.
-      first: power of ``backoff_factor`` after the first good audit of a run.
-      first_reach: how far the first steps should lead, in units of the params.
-      deep: the same of a run that had to go back to its start, and of each time.
-      gain: exponent of a growth that the loss alone speaks for.
-      boldest: exponent of the largest growth: hardly more than a cut takes.
-      blind: share of a leap to dare where the alignment is not known.
-      scheduled: how to steer where a schedule is still to fall: to below 0. Chosen, as
-        `best_errors`, on development tasks of ``benchmarks/noise.py`` and
-        ``benchmarks/decades.py``.
-      annealed: how to steer where there is none.
-      best_errors: standard errors by which an alignment has to be above the best.
-      noise: deviation of a loss, in units of the progress so far, at which half of the
-        steering is that.
-      least_gain: what a window has to gain, in units of the progress that was made at
-        the same pace so far, for a higher rate to be worth anything.
-    """
-
-    anneal: bool = False
-    growth_factor: Any = 4.0
-    slow_growth_factor: Any = 1.5
-    backoff_factor: Any = 0.5
-    good_alignment: Any = 0.25
-    audit_every: Any = 16
-    max_rate: float = 2.0**40
-    standard_errors: float = 2.0
-    drift: float = 0.25
-    share: float = 1.0 / 8.0
-    first: float = 2.0
-    first_reach: float = 1e-3
-    deep: float = 4.0
-    gain: float = 0.5
-    boldest: float = 2.0
-    blind: float = 0.5
-    scheduled: Steering = Steering(target=-0.2, slope=2.0, bold_target=-0.05)
-    annealed: Steering = Steering(target=0.15, slope=1.0, bold_target=0.0)
-    best_errors: float = 1.0
-    noise: float = 0.5
-    least_gain: float = 0.01
-
-
-class Phase(enum.IntEnum):
-    """How far the search is.
-
-    Attributes:
-      START: no audit was good yet.
-      RESTARTED: nor was any, and the run had to go back to its start.
-      SEARCH: the rate grows by leaps.
-      STEER: it was found, and moves in small steps.
-    """
-
-    START = 0
-    RESTARTED = 1
-    SEARCH = 2
-    STEER = 3
-
-
-class MacroScalars(NamedTuple):
-    """What the macro level knows.
-
-    Attributes:
-      macro_rate: factor of the updates, in [2^-40, 2^40], float32.
-      avg_alignment: what the alignment is, from all audits, float32.
-      alignment_spread: variance of that, if it may drift between audits, float32.
-      alignment_noise: variance that the noise of looks alone gives it, float32.
-      best_alignment: the largest that it clearly was, float32.
-      window_mean: mean of the losses accepted since the last audit, float32.
-      window_sum_of_squares: of their deviations from that mean, float32.
-      loss_variance: average variance of a loss within a window, float32.
-      first_window_mean: the mean of the first whole window, float32.
-      last_window_mean: the mean of the window before, float32.
-      last_window_variance: the variance of that mean, float32.
-      best_window_mean: the lowest mean of a whole window, float32.
-      phase: the `Phase`, int32.
-      num_audits: number of audits that moved, since what a good one is has to be
-        learnt, int32.
-      window_count: number of losses in the window, int32.
-      num_macro_steps: number of losses ever taken in, int32.
-      num_windows: number of windows that are complete, int32.
-      num_macro_held: number of steps that left the rate as it was because the
-        verdict or a number that is not finite said so, int32.
-    """
-
-    macro_rate: Any = 1.0
-    avg_alignment: Any = 0.0
-    alignment_spread: Any = 0.0
-    alignment_noise: Any = 0.0
-    best_alignment: Any = 0.0
-    window_mean: Any = 0.0
-    window_sum_of_squares: Any = 0.0
-    loss_variance: Any = 0.0
-    first_window_mean: Any = 0.0
-    last_window_mean: Any = 0.0
-    last_window_variance: Any = 0.0
-    best_window_mean: Any = 0.0
-    phase: Any = 0
-    num_audits: Any = 0
-    window_count: Any = 0
-    num_macro_steps: Any = 0
-    num_windows: Any = 0
-    num_macro_held: Any = 0
-
-
-def observe(state: MacroScalars, loss: jax.Array) -> MacroScalars:
-    """Adds a loss to the window (Welford's sums)."""
-    loss = jnp.clip(loss, -LARGEST_LOSS, LARGEST_LOSS)
-    count = count_if(jnp.ones((), jnp.bool_), state.window_count)
-    mean = state.window_mean + (loss - state.window_mean) / count
-    square = (loss - state.window_mean) * (loss - mean)
-    return state._replace(
-        window_count=count,
-        num_macro_steps=count_if(jnp.ones((), jnp.bool_), state.num_macro_steps),
-        window_mean=mean,
-        window_sum_of_squares=jnp.minimum(
-            state.window_sum_of_squares + square, LARGEST
-        ),
-    )
-
-
-def _start_window(state: MacroScalars) -> MacroScalars:
-    """Forgets the losses since the last audit."""
-    return state._replace(
-        window_count=jnp.zeros((), jnp.int32),
-        window_mean=jnp.zeros((), jnp.float32),
-        window_sum_of_squares=jnp.zeros((), jnp.float32),
-    )
-
-
-def _variance_of_mean(state: MacroScalars) -> jax.Array:
-    n = jnp.maximum(state.window_count, 2).astype(jnp.float32)
-    return state.window_sum_of_squares / ((n - 1.0) * n)
-
-
-class _Loss(NamedTuple):
-    """How the window compares with those before; bools."""
-
-    is_best: jax.Array
-    is_worse: jax.Array
-    is_undone: jax.Array
-    is_gaining: jax.Array
-    is_flat: jax.Array
-
-
-def _is_first(state: MacroScalars) -> jax.Array:
-    """Returns whether what a window is compared with begins with this one."""
-    return (state.num_windows == 0) | (state.phase < Phase.SEARCH)
-
-
-def _compare(state: MacroScalars, rule: SearchRule, has_value: bool) -> _Loss:
-    rise = state.window_mean - state.best_window_mean
-    # by the noise of the windows before: a blow-up does not excuse itself
-    count = jnp.maximum(state.window_count, 1)
-    margin = rule.standard_errors * jnp.sqrt(2.0 * state.loss_variance / count)
-    is_first = _is_first(state)
-    is_worse = ~is_first & (rise > margin) & has_value
-    pace = state.window_count / jnp.maximum(state.num_macro_steps, 1)
-    best_progress = state.first_window_mean - state.best_window_mean
-    least = rule.least_gain * pace * (state.first_window_mean - state.window_mean)
-    is_clear = ~is_first & (best_progress > 2.0 * margin) & has_value
-    # at the floor the losses differ by less than they did on the way
-    close = rule.standard_errors * jnp.sqrt(2.0 * _variance_of_mean(state))
-    return _Loss(
-        is_best=(is_first | (rise < 0.0)) & has_value,
-        is_worse=is_worse,
-        is_undone=is_worse
-        & is_clear
-        & (2.0 * (rise - margin) > best_progress)
-        & (state.window_mean > state.last_window_mean),
-        is_gaining=is_first | (-rise > least),
-        is_flat=is_clear & (jnp.minimum(margin, close) - rise < least),
-    )
+from ._windows import Loss, compare, is_first_window, start_window, variance_of_mean
 
 
 def _estimate(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalars:
@@ -294,7 +90,7 @@ def _leap(
     )
 
 
-def _steer(state: MacroScalars, loss: _Loss, rule: SearchRule) -> jax.Array:
+def _steer(state: MacroScalars, loss: Loss, rule: SearchRule) -> jax.Array:
     """STEER: small steps in octaves, by the loss and by where the slope leads."""
     error = rule.standard_errors * jnp.sqrt(state.alignment_noise)
     scale = jnp.maximum(state.best_alignment, jnp.abs(state.avg_alignment) + error)
@@ -341,17 +137,17 @@ def harm(state: MacroScalars, audit: Audit | None, rule: SearchRule) -> MacroSca
     if audit is not None:  # a start that went too far is told by how much
         nearer = _log2(rule.first_reach / jnp.maximum(audit.reach, rule.first_reach))
         octaves = jnp.where(is_begun, octaves, jnp.minimum(octaves, nearer))
-    cut = _scaled(_start_window(state), octaves, rule)
+    cut = _scaled(start_window(state), octaves, rule)
     phase = jnp.where(is_begun, state.phase, Phase.RESTARTED)
     return cut._replace(phase=phase.astype(jnp.int32))
 
 
 def _blind_audit(
-    state: MacroScalars, loss: _Loss, rule: SearchRule
+    state: MacroScalars, loss: Loss, rule: SearchRule
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns rho, and whether a window was good, and bad, by the loss alone."""
     is_known = state.num_windows > 0
-    variance = _variance_of_mean(state) + state.last_window_variance
+    variance = variance_of_mean(state) + state.last_window_variance
     margin = rule.standard_errors * jnp.sqrt(variance)
     rise = state.window_mean - state.last_window_mean
     rho = jnp.where(is_known, rule.blind, 0.0)
@@ -368,7 +164,7 @@ def step(
     has_value: bool,
 ) -> MacroScalars:
     """Returns what is known after an accepted step, whose loss was observed."""
-    loss = _compare(seen, rule, has_value)
+    loss = compare(seen, rule, has_value)
     is_found = jnp.zeros((), jnp.bool_)
     if audit is None:  # the loss is all that is known
         audited = seen
@@ -424,11 +220,11 @@ def step(
     is_steered = (seen.phase == Phase.STEER) & ~is_reopened
     octaves = jnp.where(is_steered, _steer(audited, loss, rule), leap)
     moved = _scaled(choose(is_steered, audited, leapt), octaves, rule)
-    is_first = _is_first(seen)
+    is_first = is_first_window(seen)
     is_best = loss.is_best | is_first
-    variance = _variance_of_mean(seen)
+    variance = variance_of_mean(seen)
     spread = variance * seen.window_count
-    moved = _start_window(moved)._replace(
+    moved = start_window(moved)._replace(
         first_window_mean=jnp.where(
             is_first, seen.window_mean, moved.first_window_mean
         ),

@@ -71,3 +71,8 @@ def sum_entries(term: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
             terms = [term(*part) for part in alike[first : first + step]]
             total += jnp.sum(functools.reduce(operator.add, terms))
     return total
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    """Returns the global l2 norm, accumulated in float32 whatever the dtypes."""
+    return jnp.sqrt(sum_entries(lambda x: x * x, tree))

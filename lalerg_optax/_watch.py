@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ._checks import check_range
-from ._judge import LARGEST
+from ._numbers import LARGEST
 from ._verdict import Verdict
 
 Block = dict[str, Any]  # scalars of some steps by name, arrays of one length

@@ -1,9 +1,35 @@
-"""An import brings along what it needs and nothing else."""
+"""An import brings along what it needs, and goes against no direction of the flow."""
 
+import ast
+import graphlib
+import pathlib
 import subprocess
 import sys
 
 import pytest
+
+import lalerg_optax
+
+SOURCES = sorted(pathlib.Path(lalerg_optax.__file__).parent.glob("*.py"))
+MOST_LINES = 300
+
+# The rooms, floor by floor: none imports from a floor above its own.
+FLOORS = (
+    # what all share
+    "_numbers _scalars _verdict _checks _sums _history _find",
+    # records, trees, windows
+    "_records _search_rule _anchor _moments _windows _gate _local",
+    # one step, in the order in which data flow
+    "_assess _decide _audit _learn _act",
+    # the two levels, and whatever else is inside
+    "_search _macro _micro _inner",
+    "_regulate",
+    "_lalerg",
+    # around it
+    "_adapters _carry _adopt _apply _monitor _watch _record flax plot",
+    "__init__",
+)
+FLOOR_OF = {name: i for i, floor in enumerate(FLOORS) for name in floor.split()}
 
 EXTRAS = {"chex", "flax", "matplotlib", "orbax", "sklearn", "tensorboardX"}
 
@@ -27,3 +53,47 @@ def test_nothing_is_imported_that_was_not_asked_for(script, present, absent):
         check=True,
     )
     assert done.stdout.strip() == f"[{present!r}]"
+
+
+def imports_of(source):
+    """Returns which modules of the package another one imports."""
+    tree = ast.parse(source.read_text())
+    return {
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+    }
+
+
+def test_every_file_has_its_floor():
+    assert {source.stem for source in SOURCES} == FLOOR_OF.keys()
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_no_file_imports_from_a_floor_above(source):
+    floor = FLOOR_OF[source.stem]
+    assert [name for name in imports_of(source) if FLOOR_OF[name] > floor] == []
+
+
+def test_no_imports_go_in_a_circle():
+    graph = {source.stem: imports_of(source) for source in SOURCES}
+    graphlib.TopologicalSorter(graph).prepare()  # or a CycleError
+
+
+def test_a_circle_would_be_found():
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"_a": {"_b"}, "_b": {"_a"}}).prepare()
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_no_file_is_long(source):
+    assert source.read_text().count("\n") <= MOST_LINES
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_no_function_is_long(source):
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            own = node.end_lineno - node.lineno - docstring.count("\n")
+            assert own <= 130, node.name  # a factory and the two functions in it

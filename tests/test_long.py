@@ -11,9 +11,9 @@ import reference
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
+from lalerg_optax._find import find_states
 from lalerg_optax._macro import MacroScalars
-from lalerg_optax._monitor import find_states
-from lalerg_optax._regulate import RegulatorScalars
+from lalerg_optax._records import RegulatorScalars
 from lalerg_optax._scalars import pack, unpack
 
 NUM_STEPS = 1_000_000

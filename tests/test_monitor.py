@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from test_cost import SIDE, compiled_step, make_params, num_copies
 
 import lalerg_optax as lo
-from lalerg_optax import Verdict, _regulate
+from lalerg_optax import Verdict, _act, _regulate
 
 NAMES = ("grad_norm", "effective_rate", "update_ratio", "predicted_decrease")
 OPTIMIZERS = {
@@ -165,7 +165,7 @@ def test_when_off_nothing_of_it_is_traced(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(_regulate, "leaf_squares", fail)
-    monkeypatch.setattr(_regulate, "act_in_turn", fail)
+    monkeypatch.setattr(_act, "act_in_turn", fail)
     params = jnp.ones(3)
     for tx in (lo.lalerg(), lo.error_regulate(optax.sgd(0.1))):
         state = tx.init(params)

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
-from lalerg_optax._judge import Conduct
-from lalerg_optax._monitor import find_states
+from lalerg_optax._find import find_states
+from lalerg_optax._records import Conduct
 
 ACCEPT, SKIP, REVERT, BOUND = 0, 1, 2, 3
 TAKEN = (ACCEPT, BOUND)

@@ -14,7 +14,7 @@ import reference
 from reference import ACCEPT, REVERT
 
 import lalerg_optax as lo
-from lalerg_optax._monitor import find_states
+from lalerg_optax._find import find_states
 
 NUM_STEPS = 300
 SEEDS = (5, 7, 9)  # with these, all that a case names below comes to pass

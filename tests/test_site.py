@@ -76,7 +76,9 @@ def browser(tmp_path_factory):
         f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
     ):
         options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.set_capability(
+        "goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"}
+    )
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     driver = webdriver.Chrome(options=options, service=service)
     driver.set_page_load_timeout(60)
@@ -116,7 +118,9 @@ def requests_of(browser):
 def test_a_page_is_whole_and_fits(site, browser, page, width):
     requests_of(browser)
     show(browser, f"{site}/{page}.html", width)
-    severe = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+    severe = [
+        e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"
+    ]
     assert not severe
     asked = requests_of(browser)
     assert len(asked) > 3

@@ -1,0 +1,84 @@
+"""Act: how a gradient is let in, and which step params take. Trees only."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from ._anchor import at_hand
+from ._local import LeafSquares, LocalView, act_in_turn
+from ._records import Assessment
+from ._verdict import Verdict, is_applied
+
+
+def scale_of(
+    seen: Assessment,
+    verdict: jax.Array,
+    grad_norm: jax.Array,
+    clip_norm: jax.typing.ArrayLike | None,
+) -> jax.Array:
+    """Returns the factor of a gradient that is to be bounded, or clipped."""
+    limit = jnp.where(verdict == Verdict.BOUND, jnp.exp(seen.log_limit), jnp.inf)
+    if clip_norm is not None:
+        limit = jnp.minimum(limit, clip_norm)
+    return jnp.where(grad_norm > limit, limit / grad_norm, 1.0)
+
+
+def _scaled(g: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns a gradient times a scale of at most 1.
+
+    What is rounded to bfloat16 for several uses XLA stores; to cut digits off is free.
+    """
+    if g.dtype != jnp.bfloat16:
+        return scale.astype(g.dtype) * g
+    wide = lax.bitcast_convert_type(scale * g.astype(jnp.float32), jnp.uint32)
+    return lax.bitcast_convert_type((wide >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+def admitted(
+    grads: optax.Updates, verdict: jax.Array, scale: jax.Array
+) -> optax.Updates:
+    """Returns the gradient that ``inner`` sees: zero on a rejected batch."""
+    is_open = is_applied(verdict)
+
+    def admit(g: jax.Array) -> jax.Array:
+        return _scaled(jnp.where(is_open, g, 0).astype(g.dtype), scale)
+
+    return jax.tree.map(admit, grads)
+
+
+def act(
+    verdict: jax.Array,
+    damping: jax.Array,
+    params: optax.Params,
+    inner_updates: optax.Updates,
+    anchor: optax.Params,
+    grads: optax.Updates,
+    squares: LeafSquares | None,
+    axis_name: str | tuple[str, ...] | None,
+) -> tuple[optax.Updates, LocalView | None]:
+    """Returns the step that params take, and its local view if squares are given."""
+    is_reverted = verdict == Verdict.REVERT
+    gate = jnp.where(verdict == Verdict.SKIP, 0.0, damping)
+    home = at_hand(is_reverted, anchor, params)
+
+    def step_of(gate: jax.Array, p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
+        damped = (gate * u).astype(p.dtype)
+        step = jnp.where(is_reverted, a.astype(p.dtype) - p, damped)
+        is_safe = jnp.isfinite(p + step)  # of 0 * nan, too
+        return jnp.where(is_safe, step, jnp.zeros((), p.dtype))
+
+    if squares is None:
+        act_on_leaf = functools.partial(step_of, gate)
+        return jax.tree.map(act_on_leaf, params, inner_updates, home), None
+    return act_in_turn(
+        step_of,
+        gate,
+        (params, inner_updates, home),
+        grads,
+        squares,
+        is_accepted=is_applied(verdict),
+        axis_name=axis_name,
+    )

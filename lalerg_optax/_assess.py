@@ -1,0 +1,119 @@
+"""Assess: how loss and gradient norm compare with those before. Scalars only."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ._history import NUM_START_VALUES, Z95, LossHistory
+from ._numbers import LARGEST, SMALLEST
+from ._records import Assessment, Conduct, JudgeRule, RegulatorScalars
+from ._scalars import lanes
+
+_HEAVY = 20.0  # logarithm of a weight whose fourth power is a float32
+
+
+# jit: outside of a jitted step, every operation would be dispatched by itself
+@functools.partial(jax.jit, static_argnames="norm_is_judged", inline=True)
+def assess(
+    last: RegulatorScalars,
+    history: LossHistory,
+    value: jax.Array | None,
+    grad_norm: jax.Array,
+    rule: JudgeRule,
+    *,
+    norm_is_judged: bool,
+) -> Assessment:
+    """Compares loss and gradient norm with those before; writes nothing.
+
+    The equations stand in ``docs/algorithm.md``.
+
+    Args:
+      last: what is known.
+      history: of losses and logarithms of the norm, leading axis 2.
+      value: the loss at the current params, float32 scalar, or None.
+      grad_norm: the global norm of the gradient before clipping, float32 scalar.
+      rule: the numbers of the rule.
+      norm_is_judged: whether a large norm is an error; one that is not finite
+        always is.
+    """
+    if value is None:
+        loss = jnp.zeros((), jnp.float32)
+    else:
+        loss = jnp.where(jnp.isfinite(value), jnp.clip(value, -LARGEST, LARGEST), value)
+    # A zero gradient tells nothing: it is neither judged nor recorded.
+    log_norm = jnp.where(grad_norm > 0.0, jnp.log(grad_norm), jnp.nan)
+    is_usable = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    # Both signals are judged by one rule. The norm has a scale of its own, and can be
+    # judged from the second step on.
+    signals = lanes([loss, log_norm])
+    medians, spreads = history.centre_and_spread()
+    progress = jnp.maximum(history.start_value[0] - medians[0], 0.0)
+    is_early = history.num_values[1] < NUM_START_VALUES
+    norm_floor = jnp.where(is_early, 2.0, 1.0) * rule.norm_floor
+    scales = jnp.maximum(
+        rule.threshold * spreads,
+        lanes(
+            [
+                rule.progress_fraction * progress,
+                jnp.maximum(norm_floor, last.ceiling - medians[1]),
+            ]
+        ),
+    )
+    tolerances = jnp.maximum(scales, rule.resolution * jnp.abs(medians) + SMALLEST)
+    # a signal that was never anything but constant tells nothing of its scale
+    min_values = lanes([NUM_START_VALUES, 1.0])
+    known = (history.num_values >= min_values) & (scales > 0.0)
+    rises = jnp.clip((signals - medians) / tolerances, -LARGEST, LARGEST)
+    errors = jnp.where(jnp.isfinite(signals), jnp.where(known, rises, 0.0), LARGEST)
+    error, norm_error = errors[0], jnp.where(grad_norm == 0.0, 0.0, errors[1])
+    if not norm_is_judged:
+        norm_error = jnp.where(jnp.isfinite(grad_norm), 0.0, norm_error)
+
+    is_high = is_usable & (error > 1.0)
+    is_odd = is_usable & (norm_error > 1.0) & ~is_high
+    if value is None:  # the norm is all there is
+        may_skip = last.skips_left >= 1.0
+        is_high, is_odd = is_odd & ~may_skip, is_odd & may_skip
+
+    # An alarm is recorded as the value that, as 95th percentile, would make the
+    # tolerance so many times as wide: the window always advances and follows a new
+    # level, but outliers do not blind it.
+    share = jnp.minimum(rule.widening * Z95 / rule.threshold, 1.0)
+    alarms = jnp.minimum(medians + share * tolerances, LARGEST)
+    recorded = jnp.where(known & (rises > 1.0), alarms, jnp.minimum(signals, LARGEST))
+    # Nor does a signal that cannot be judged yet, while the other one objects. From the
+    # way back until it is known what was wrong, the windows wait.
+    is_recorded = jnp.isfinite(signals) & (known | ~(is_high | is_odd))
+    is_recorded &= last.conduct <= Conduct.SUSPECT
+    if value is None:
+        is_recorded &= lanes([0.0, 1.0]) > 0.0
+    if value is None:
+        is_undone = is_high
+    else:  # of NaN, too
+        is_undone = ~(loss - medians[0] <= rule.undone * progress)
+    norm_is_known = (history.num_values[1] > 0) & norm_is_judged
+    # What holds at the anchor, too, is hard: there the bound gives way step by step.
+    # That of an odd gradient never does: with an ordinary loss there is nothing new.
+    is_episode = last.conduct == Conduct.EPISODE
+    tried = jnp.where(is_episode, last.ceiling_in_doubt - medians[1], 0.0)
+    high_limit = jnp.maximum(jnp.maximum(tolerances[1], rule.bound_floor), tried)
+    limit = medians[1] + jnp.where(is_high, high_limit, rule.norm_floor)
+    return Assessment(
+        is_usable=is_usable,
+        is_high=is_high,
+        is_odd=is_odd,
+        is_healthy=jnp.maximum(error, norm_error) < rule.healthy,
+        is_undone=is_undone,
+        error=error,
+        norm_error=norm_error,
+        log_norm=log_norm,
+        log_limit=jnp.where(norm_is_known, limit, LARGEST),
+        weight=jnp.exp(
+            jnp.clip(log_norm - medians[1], -_HEAVY, jnp.minimum(high_limit, _HEAVY))
+        ),
+        recorded=recorded,
+        signals=signals,
+        is_recorded=is_recorded,
+    )

@@ -1,0 +1,116 @@
+"""Decide: what becomes of a step. Scalars only."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ._records import Assessment, Conduct, Decision, JudgeRule, RegulatorScalars
+from ._verdict import Verdict
+
+
+# jit: outside of a jitted step, every operation would be dispatched by itself
+@functools.partial(jax.jit, static_argnames="has_value", inline=True)
+def decide(
+    last: RegulatorScalars, seen: Assessment, rule: JudgeRule, *, has_value: bool
+) -> Decision:
+    """Says what becomes of a step; the tables stand in ``docs/algorithm.md``.
+
+    Args:
+      last: what is known.
+      seen: what the step looks like.
+      rule: the numbers of the rule.
+      has_value: whether there is a loss.
+    """
+    conduct = last.conduct
+    is_skipped = ~seen.is_usable | (seen.is_odd & (last.skips_left >= 1.0))
+    error = seen.error if has_value else seen.norm_error
+
+    # Evidence is summed up: two high losses in a row weigh as much as many that are a
+    # little too high. Losses as they should be take it away again.
+    rise = jnp.where(seen.is_usable, jnp.clip(error, 0.0, 1.0), 1.0) - rule.slack
+    doubt = jnp.maximum(last.doubt + rise, 0.0)
+    # What was harmless before is all that tells how long hard data can last.
+    usual = 2.0 * last.harmless_doubt + (1.0 - rule.slack)
+    most = 2.0 * rule.patience * (1.0 - rule.slack)
+    needed = jnp.maximum(jnp.minimum(usual, most), rule.least_doubt)
+    needed = jnp.where(seen.is_usable, needed, rule.least_doubt)
+
+    is_before = conduct <= Conduct.SUSPECT
+    is_due = is_before & (doubt >= needed)
+    # Where as much was harmless before, and half of the progress is still there, it is
+    # the new level.
+    is_settled = is_due & (doubt >= most) & ~seen.is_undone & seen.is_usable
+    is_trial = is_due & ~is_settled
+    is_fine = seen.is_usable & (error < rule.healthy)
+    # At the anchor there are two looks, one after each step of the way back. If what
+    # they show would go on to be evidence, it is the data.
+    before = last.scaled_error if has_value else last.scaled_norm_error
+    looks = 0.5 * (jnp.clip(before, -1.0, 1.0) + jnp.clip(error, -1.0, 1.0))
+    is_fine &= (conduct != Conduct.TRIAL) | (looks < rule.slack)
+    # A burst of hard data that ends at once is undone at its first time, for it may
+    # have been poison. The next one as long will not even be gone back for. Where the
+    # loss comes down by and by, hard data have been learnt.
+    is_episode = conduct == Conduct.EPISODE
+    has_taken = last.peak_doubt > 0.0
+    least = jnp.maximum(rule.fall * before, rule.healthy)
+    has_ended = seen.is_usable & (before > 1.0) & (error < least)
+    is_rewind = is_episode & has_ended & has_taken & (doubt >= usual)
+    # One that lasts is gone back for once more, in case it is what it did to the params
+    # that lasts.
+    is_long = last.num_hard >= rule.patience
+    is_last = is_long & (last.num_hard < rule.patience + 1) & seen.is_undone
+    is_trial |= is_episode & is_last & ~is_fine & has_taken
+    is_tested = (conduct == Conduct.TRIAL) | (is_episode & ~is_last)
+    is_new_level = is_tested & is_long & ~is_fine & seen.is_usable | is_settled
+    is_new_revert = is_trial | is_rewind
+    is_pending = (conduct == Conduct.RESTORING) | (conduct == Conduct.REWINDING)
+    is_reverted = is_new_revert | is_pending
+    verdict = jnp.where(
+        is_reverted,
+        Verdict.REVERT,
+        jnp.where(
+            is_new_level,
+            Verdict.ACCEPT,
+            jnp.where(
+                is_skipped,
+                Verdict.SKIP,
+                jnp.where(seen.is_high | seen.is_odd, Verdict.BOUND, Verdict.ACCEPT),
+            ),
+        ),
+    )
+    is_suspect = (doubt > rule.suspect) | ((conduct == Conduct.SUSPECT) & (doubt > 0.0))
+    is_suspect &= ~is_settled
+    now = jnp.where(is_suspect, Conduct.SUSPECT, Conduct.HEALTHY)
+    is_hard = ~is_fine & ~is_new_level
+    now = jnp.where(
+        is_before, now, jnp.where(is_hard, Conduct.EPISODE, Conduct.HEALTHY)
+    )
+    now = jnp.where(is_trial, Conduct.RESTORING, now)
+    now = jnp.where(is_rewind, Conduct.REWINDING, now)
+    now = jnp.where(conduct == Conduct.RESTORING, Conduct.TRIAL, now)
+    now = jnp.where(conduct == Conduct.REWINDING, Conduct.HEALTHY, now)
+    is_harmful = (conduct == Conduct.TRIAL) & is_fine & ~is_long
+    is_over = is_rewind | is_new_level | (is_before & ~is_trial & (doubt == 0.0))
+    is_over |= (conduct >= Conduct.TRIAL) & is_fine
+    return Decision(
+        verdict=verdict.astype(jnp.int32),
+        conduct=now.astype(jnp.int32),
+        is_new_revert=is_new_revert,
+        is_trial=is_trial,
+        is_harmful=is_harmful,
+        is_new_level=is_new_level,
+        is_over=is_over,
+        doubt=jnp.where(is_pending, last.doubt, doubt),
+    )
+
+
+def overruled(decision: Decision, is_failed: jax.Array) -> Decision:
+    """Returns the decision, or that to go back to the start of the run."""
+    return decision._replace(
+        verdict=jnp.where(is_failed, Verdict.REVERT, decision.verdict),
+        conduct=jnp.where(is_failed, Conduct.REWINDING, decision.conduct),
+        is_new_revert=decision.is_new_revert | is_failed,
+        is_over=decision.is_over | is_failed,
+        is_harmful=decision.is_harmful | is_failed,
+    )

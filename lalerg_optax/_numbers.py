@@ -1,0 +1,14 @@
+"""Numbers: what is too large, too small, or no number to compute with."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LARGEST = 1e37  # larger magnitudes are treated as this one: sums must not overflow
+SMALLEST = 1e-30  # squares of smaller numbers underflow float32
+
+
+def is_sound(param: jax.Array) -> jax.Array:
+    """Returns which entries have a square that is finite in float32."""
+    wide = jnp.promote_types(param.dtype, jnp.float32)
+    return jnp.isfinite(lax.square(param.astype(wide)))

@@ -1,0 +1,292 @@
+"""Records of the regulator: its rule, what it remembers, and what a step is taken for.
+
+`assess` makes an `Assessment`, `look_and_move` a `Look`, `decide` a `Decision`, and
+`learn` the next `RegulatorScalars` of them.
+"""
+
+import enum
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from ._numbers import LARGEST
+
+
+class JudgeRule(NamedTuple):
+    """Numbers of the rule; those that users see may be traced.
+
+    Attributes:
+      threshold: see `error_regulate`, as the next five.
+      progress_fraction: likewise.
+      patience: likewise.
+      anchor_every: likewise.
+      backoff_factor: likewise.
+      recovery_steps: likewise.
+      resolution: of a loss, in units of its level: about 100 last places of float32.
+      norm_floor: logarithm of the growth of the norm that is tolerated always; judged
+        on the runs of ``benchmarks/alarms.py``.
+      bound_floor: logarithm of the norm that a bounded gradient may have, in units of
+        the median. At the median itself rare data are not learnt, at 16 times they are
+        (``benchmarks/mixtures.py``).
+      slack: what of an error is no evidence: five standard deviations of the sum lie
+        between normal noise and `least_doubt`.
+      least_doubt: evidence at which params are gone back for: that of two high losses.
+      suspect: evidence at which the anchor is held.
+      widening: of the tolerance, by each 5 % of a window that are alarms; chosen on the
+        regression of ``benchmarks/faults.py``.
+      longer: doubt that is taken for harmless from then on, in units of that of a trial
+        after a first harm; chosen, as the next two and `fall`, on development streams
+        of ``benchmarks/mixtures.py`` and two tasks of ``benchmarks/faults.py``.
+      apart: accepted steps between the two, for that to be another time.
+      undone: share of the progress that is too much to be what rare data do.
+      growth: of the logarithm of the bound, where a bounded gradient did no harm.
+      num_skips: steps whose norm alone is odd that may be skipped, at first.
+      skip_memory: accepted steps after which there may be another one.
+      avg_decay: decay of the average loss.
+      healthy: errors below this are fit to be gone back to.
+      fall: to which share of what it was an error falls when hard data end.
+      min_damping: lower bound of the damping.
+      noise_steps: looks of an audit, and at most so much longer a way that they look
+        back on, for each variance of a look in units of the squared alignment.
+      least_steps: by how much that is longer at least, in units of the largest squared
+        alignment of late; chosen on development tasks of ``benchmarks/noise.py`` and
+        ``benchmarks/decades.py``.
+      scale_decay: of the largest alignment of late, at an audit.
+      min_anchor_every: accepted steps between anchors at first; odd, so that a swing
+        to and fro is not back at its start.
+    """
+
+    threshold: Any = 6.0
+    progress_fraction: Any = 0.1
+    patience: Any = 32
+    anchor_every: Any = 32
+    backoff_factor: Any = 0.5
+    recovery_steps: Any = 64
+    resolution: float = 1e-5
+    norm_floor: float = math.log(4.0)
+    bound_floor: float = math.log(16.0)
+    slack: float = 0.25
+    least_doubt: float = 1.25
+    suspect: float = 0.5
+    widening: float = 1.5
+    longer: float = 16.0
+    apart: float = 16.0
+    undone: float = 0.5
+    growth: float = math.log(1.25)
+    num_skips: float = 5.0
+    skip_memory: float = 2.0**14
+    avg_decay: float = 0.95
+    healthy: float = 0.5
+    fall: float = 1.0 / 16.0
+    min_damping: float = 2.0**-10
+    noise_steps: float = 16.0
+    least_steps: float = 3.0
+    scale_decay: float = 0.75
+    min_anchor_every: int = 5
+
+
+class Conduct(enum.IntEnum):
+    """Where the regulator stands between two steps.
+
+    Attributes:
+      HEALTHY: nothing to object to.
+      SUSPECT: losses are high, and may be those of hard batches.
+      RESTORING: params go back to the anchor, to see whether they are damaged; the
+        second of the two steps is still to come.
+      TRIAL: params are those of the anchor, and healthy: the next loss tells.
+      EPISODE: it was high there, too: the data are hard, the anchor is held.
+      REWINDING: params go back for another reason; the second step is still to come.
+    """
+
+    HEALTHY = 0
+    SUSPECT = 1
+    RESTORING = 2
+    TRIAL = 3
+    EPISODE = 4
+    REWINDING = 5
+
+
+class RegulatorScalars(NamedTuple):
+    """What the regulator told at the last step, what it remembers and counts.
+
+    Attributes:
+      grad_norm: global norm of the gradient before clipping, float32.
+      scaled_error: rise of the loss above its median; 1 is tolerated, float32.
+      scaled_norm_error: rise of the log gradient norm, likewise, float32.
+      avg_value: exponential average of the accepted losses, float32.
+      num_averaged: number of losses in that, up to 20, float32.
+      damping: factor of the updates, in [2^-10, 1], float32.
+      num_well: steps accepted since an update did harm, up to 2^20, float32.
+      skips_left: steps whose norm alone is odd that may still be skipped, float32.
+      ceiling: logarithm of the largest norm that did no harm, at most that of 5/4 of
+        the bound, float32.
+      ceiling_in_doubt: the same of the steps since the losses are high, float32.
+      doubt: evidence against the params, float32.
+      peak_doubt: the most of it since it was 0 that usable losses made, float32.
+      harmless_doubt: the most of it that subsided by itself, or that was the same at
+        the anchor, float32.
+      alignment: what the last audit told, in [-1, 1], float32.
+      alignment_error: its standard error, float32.
+      alignment_scale: the largest of late, less its standard error, in [0, 1], float32.
+      look_sum: sum of the alignments that were looked at since the anchor, each
+        times its weight, float32.
+      look_square: sum of the squares of these products, float32.
+      look_cross: sum of the alignments, each times the square of its weight, float32.
+      look_weight: sum of the weights, float32.
+      look_weight_square: sum of their squares, float32.
+      look_variance: average variance of a single look, float32.
+      num_looks: number of those looks, float32.
+      verdict: the last `Verdict`, int32.
+      conduct: the last `Conduct`, int32.
+      num_hard: steps of the present `Conduct.EPISODE`, int32.
+      num_accepted: number of steps accepted, bounded ones among them, int32.
+      num_bounded: number of steps accepted with a bounded gradient, int32.
+      num_skipped: number of steps skipped, int32.
+      num_reverted: number of steps spent on reverts (two each), int32.
+      num_trials: times that params went back to see whether they are damaged, int32.
+      num_harmful: times that they were, int32.
+      num_audits_passed: number of audits with a positive alignment, int32.
+      anchor_age: accepted updates by which params are away from the anchor, int32.
+    """
+
+    grad_norm: Any = 0.0
+    scaled_error: Any = 0.0
+    scaled_norm_error: Any = 0.0
+    avg_value: Any = 0.0
+    num_averaged: Any = 0.0
+    damping: Any = 1.0
+    num_well: Any = 0.0
+    skips_left: Any = JudgeRule().num_skips
+    ceiling: Any = -LARGEST
+    ceiling_in_doubt: Any = -LARGEST
+    doubt: Any = 0.0
+    peak_doubt: Any = 0.0
+    harmless_doubt: Any = 0.0
+    alignment: Any = 0.0
+    alignment_error: Any = 0.0
+    alignment_scale: Any = 0.0
+    look_sum: Any = 0.0
+    look_square: Any = 0.0
+    look_cross: Any = 0.0
+    look_weight: Any = 0.0
+    look_weight_square: Any = 0.0
+    look_variance: Any = 0.0
+    num_looks: Any = 0.0
+    verdict: Any = 0
+    conduct: Any = 0
+    num_hard: Any = 0
+    num_accepted: Any = 0
+    num_bounded: Any = 0
+    num_skipped: Any = 0
+    num_reverted: Any = 0
+    num_trials: Any = 0
+    num_harmful: Any = 0
+    num_audits_passed: Any = 0
+    anchor_age: Any = 0
+
+
+class Look(NamedTuple):
+    """What came of the conditional: what was seen of the anchor, and done about it.
+
+    Attributes:
+      is_seen: whether there was a look at this step, bool.
+      is_taken: whether all looks at this anchor were summed up, bool.
+      is_failed: whether they say that the first steps led nowhere, bool.
+      is_moved: whether the anchor is now at the params, bool.
+      reach: how far a start went that was too far, float32.
+      alignment: their weighed mean, float32.
+      alignment_error: its standard error, float32.
+      look_sum: see `RegulatorScalars`, as the next six.
+      look_square: likewise.
+      look_cross: likewise.
+      look_weight: likewise.
+      look_weight_square: likewise.
+      look_variance: likewise.
+      num_looks: likewise.
+    """
+
+    is_seen: Any = False
+    is_taken: Any = False
+    is_failed: Any = False
+    is_moved: Any = False
+    reach: Any = 0.0
+    alignment: Any = 0.0
+    alignment_error: Any = 0.0
+    look_sum: Any = 0.0
+    look_square: Any = 0.0
+    look_cross: Any = 0.0
+    look_weight: Any = 0.0
+    look_weight_square: Any = 0.0
+    look_variance: Any = 0.0
+    num_looks: Any = 0.0
+
+
+LOOKS = (  # what is summed up from look to look, until it is told
+    "look_sum",
+    "look_square",
+    "look_cross",
+    "look_weight",
+    "look_weight_square",
+    "num_looks",
+)
+
+
+class Assessment(NamedTuple):
+    """What a step looks like, before anything is decided or remembered.
+
+    Attributes:
+      is_usable: whether loss and gradient are finite, bool.
+      is_high: whether the loss is above what is tolerated; without a loss, the norm
+        where no more may be skipped for it, bool.
+      is_odd: whether the norm is and the loss is not, bool.
+      is_healthy: whether all errors are far below what is tolerated, bool.
+      is_undone: whether much of the progress is; without a loss, `is_high`, bool.
+      error: rise of the loss in units of what is tolerated, float32.
+      norm_error: rise of the log norm likewise, float32.
+      log_norm: logarithm of the norm, NaN for a norm of 0 or NaN, float32.
+      log_limit: logarithm of the norm that a bounded gradient may have, float32.
+      weight: norm in units of its median, at most that of a bounded gradient, and in
+        [e^-20, e^20], float32.
+      recorded: what the history is to remember of loss and log norm, float32, (2,).
+      signals: what they are, float32, (2,).
+      is_recorded: which of the two is remembered, bool, (2,).
+    """
+
+    is_usable: jax.Array
+    is_high: jax.Array
+    is_odd: jax.Array
+    is_healthy: jax.Array
+    is_undone: jax.Array
+    error: jax.Array
+    norm_error: jax.Array
+    log_norm: jax.Array
+    log_limit: jax.Array
+    weight: jax.Array
+    recorded: jax.Array
+    signals: jax.Array
+    is_recorded: jax.Array
+
+
+class Decision(NamedTuple):
+    """What becomes of a step.
+
+    Attributes:
+      verdict: `Verdict`, int32.
+      conduct: `Conduct` from now on, int32.
+      is_new_revert: whether this is the first of the two steps of a revert, bool.
+      is_trial: whether that revert is to show if params are damaged, bool.
+      is_harmful: whether going back showed that they were, bool.
+      is_new_level: whether high losses are there to stay, bool.
+      is_over: whether nothing is in doubt any more, bool.
+      doubt: evidence against the params, float32.
+    """
+
+    verdict: jax.Array
+    conduct: jax.Array
+    is_new_revert: jax.Array
+    is_trial: jax.Array
+    is_harmful: jax.Array
+    is_new_level: jax.Array
+    is_over: jax.Array
+    doubt: jax.Array
