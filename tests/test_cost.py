@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lalerg_optax as lo
-from lalerg_optax._anchor import copy_params, global_norm, look_back
+from lalerg_optax._anchor import copy_params, look_back
+from lalerg_optax._sums import global_norm
 
 SIDE, NUM_LEAVES = 512, 4
 NUM_PARAMS = SIDE * SIDE * NUM_LEAVES

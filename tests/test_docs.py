@@ -83,6 +83,19 @@ def test_the_readme_is_short():
     assert (ROOT / "README.md").read_text().count("\n") <= 120
 
 
+def bullets(text):
+    return [line for line in text.splitlines() if line.startswith("- ")]
+
+
+def test_the_caveats_of_the_readme_are_the_first_limits():
+    readme = (ROOT / "README.md").read_text().split("## Caveats")[1]
+    caveats = bullets(readme.split("\n## ")[0])
+    limits = bullets((DOCS / "limits.md").read_text())[: len(caveats)]
+    assert len(caveats) == 10
+    there = [line.replace("](docs/", "](") for line in caveats]
+    assert limits == [line.replace("](examples/", "](../examples/") for line in there]
+
+
 def test_what_the_readme_links_to_is_there():
     text = (ROOT / "README.md").read_text()
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)

@@ -7,8 +7,9 @@ import pytest
 import reference
 
 import lalerg_optax as lo
-from lalerg_optax._anchor import global_norm, look_back
+from lalerg_optax._anchor import look_back
 from lalerg_optax._search_rule import Phase
+from lalerg_optax._sums import global_norm
 from lalerg_optax._verdict import Audit, Verdict
 
 ACCEPT, REVERT = jnp.int32(Verdict.ACCEPT), jnp.int32(Verdict.REVERT)
