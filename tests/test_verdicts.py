@@ -846,3 +846,45 @@ def test_a_failed_start_leaves_nothing_in_the_moments(micro):
     assert state.verdict == REVERT
     assert had_moments
     chex.assert_trees_all_equal(moments, [jnp.zeros(3)] * len(moments))
+
+
+# ---- Progress that is undone while the window still holds the start ------------------
+
+
+def fallen(noise=0.0, num_steps=120, seed=0):
+    """Returns losses that fall from 2.3 to 0.02 in 70 steps, and gradients."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(num_steps)
+    losses = 2.28 / (1.0 + np.exp((t - 50.0) / 4.0)) + 0.02
+    losses = losses + noise * rng.standard_normal(num_steps)
+    grads = 1.0 + 0.1 * rng.standard_normal((num_steps, 8))
+    return losses.astype(np.float32), grads.astype(np.float32)
+
+
+@pytest.mark.parametrize("level", [1.5, 2.3, 50.0])
+def test_progress_that_is_undone_early_in_a_run_is_gone_back_for(level):
+    losses, grads = fallen()
+    losses[90:93] = level
+    verdicts = verdicts_of(losses, grads, SLOW)
+    assert exceptions(verdicts) == {90: BOUND, 91: REVERT, 92: REVERT}
+
+
+def test_less_than_half_of_it_is_no_reason():
+    losses, grads = fallen()
+    losses[90:93] = 1.0
+    assert not exceptions(verdicts_of(losses, grads, SLOW))
+
+
+def test_nor_is_any_of_it_where_losses_are_as_noisy():
+    losses, grads = fallen(noise=0.3)
+    losses[90:92] = 1.5  # half of the progress, and five times the noise
+    assert not exceptions(verdicts_of(losses, grads, SLOW))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("shift", [0.0, -3.0])
+def test_what_is_undone_is_told_in_units_of_the_progress(scale, shift):
+    losses, grads = fallen()
+    losses[90:93] = 2.3
+    verdicts = verdicts_of(scale * (losses + shift), grads, SLOW)
+    assert exceptions(verdicts) == {90: BOUND, 91: REVERT, 92: REVERT}
