@@ -13,24 +13,6 @@ from ._scalars import lanes
 _HEAVY = 20.0  # logarithm of a weight whose fourth power is a float32
 
 
-def _undoing(
-    last: RegulatorScalars, loss: jax.Array, start: jax.Array, rule: JudgeRule
-) -> jax.Array:
-    """Returns how much of the progress a loss undoes, in units of half of it.
-
-    Early in a run the window still holds the start, so that what it tolerates is as
-    wide as all progress. What the losses of late are tells more, where their noise is
-    far less than that. Elsewhere it is -1e37.
-    """
-    most = rule.undone * (start - last.avg_value)
-    noise = rule.threshold * jnp.sqrt(last.avg_square)
-    floor = rule.resolution * jnp.abs(last.avg_value) + SMALLEST
-    is_known = (last.num_averaged >= NUM_START_VALUES) & (most > noise)
-    rise = (loss - last.avg_value) / jnp.maximum(most, floor)
-    is_known &= jnp.isfinite(loss)
-    return jnp.where(is_known, jnp.clip(rise, -LARGEST, LARGEST), -LARGEST)
-
-
 # jit: outside of a jitted step, every operation would be dispatched by itself
 @functools.partial(jax.jit, static_argnames="norm_is_judged", inline=True)
 def assess(
@@ -85,11 +67,7 @@ def assess(
     known = (history.num_values >= min_values) & (scales > 0.0)
     rises = jnp.clip((signals - medians) / tolerances, -LARGEST, LARGEST)
     errors = jnp.where(jnp.isfinite(signals), jnp.where(known, rises, 0.0), LARGEST)
-    undoing = jnp.asarray(-LARGEST, jnp.float32)
-    if value is not None:
-        undoing = _undoing(last, loss, history.start_value[0], rule)
-    error = jnp.maximum(errors[0], undoing)
-    norm_error = jnp.where(grad_norm == 0.0, 0.0, errors[1])
+    error, norm_error = errors[0], jnp.where(grad_norm == 0.0, 0.0, errors[1])
     if not norm_is_judged:
         norm_error = jnp.where(jnp.isfinite(grad_norm), 0.0, norm_error)
 
@@ -104,9 +82,7 @@ def assess(
     # level, but outliers do not blind it.
     share = jnp.minimum(rule.widening * Z95 / rule.threshold, 1.0)
     alarms = jnp.minimum(medians + share * tolerances, LARGEST)
-    is_alarm = known & (jnp.maximum(rises, lanes([undoing, -LARGEST])) > 1.0)
-    # one that undoes the progress may be less than what the window tolerates
-    recorded = jnp.minimum(signals, jnp.where(is_alarm, alarms, LARGEST))
+    recorded = jnp.where(known & (rises > 1.0), alarms, jnp.minimum(signals, LARGEST))
     # Nor does a signal that cannot be judged yet, while the other one objects. From the
     # way back until it is known what was wrong, the windows wait.
     is_recorded = jnp.isfinite(signals) & (known | ~(is_high | is_odd))
@@ -116,7 +92,7 @@ def assess(
     if value is None:
         is_undone = is_high
     else:  # of NaN, too
-        is_undone = ~(loss - medians[0] <= rule.undone * progress) | (undoing > 1.0)
+        is_undone = ~(loss - medians[0] <= rule.undone * progress)
     norm_is_known = (history.num_values[1] > 0) & norm_is_judged
     # What holds at the anchor, too, is hard: there the bound gives way step by step.
     # That of an odd gradient never does: with an ordinary loss there is nothing new.

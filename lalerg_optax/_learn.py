@@ -20,35 +20,22 @@ from ._scalars import Scalars, count_if, pack
 from ._verdict import Verdict, is_applied
 
 _MANY = 2.0**20  # more steps make no difference
-_ROOT = 1e18  # larger deviations are treated as this one: squares must not overflow
 
 
 def _average(
     last: RegulatorScalars, seen: Assessment, decision: Decision, rule: JudgeRule
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns averages of accepted losses and of their noise; the last; how many."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the average of the accepted losses, and of how many it is."""
     loss = seen.signals[0]
     # it weighs its first values alike, and starts anew with the windows
     number = jnp.where(decision.is_new_level, 0.0, last.num_averaged)
     weight = jnp.maximum(1.0 - rule.avg_decay, 1.0 / (number + 1.0))
-    is_first = number == 0.0
-    moved = last.avg_value + weight * (loss - last.avg_value)
-    moved = jnp.where(is_first, loss, moved)
+    moved = jnp.where(
+        number == 0.0, loss, last.avg_value + weight * (loss - last.avg_value)
+    )
     is_averaged = decision.verdict == Verdict.ACCEPT
     number = jnp.minimum(number + is_averaged, 1.0 / (1.0 - rule.avg_decay))
-    # Rises alone, for a loss that falls is no noise; above the average and, where that
-    # is late, above the loss before. For symmetric noise both are its variance.
-    rise = jnp.clip(loss - last.avg_value, 0.0, _ROOT)
-    jump = jnp.clip(loss - last.last_value, 0.0, _ROOT)
-    square = jnp.maximum(2.0 * rise**2, jump**2)
-    square = last.avg_square + weight * (square - last.avg_square)
-    square = jnp.where(is_first, 0.0, square)
-    return (
-        jnp.where(is_averaged, moved, last.avg_value),
-        jnp.where(is_averaged, square, last.avg_square),
-        jnp.where(is_averaged, loss, last.last_value),
-        number,
-    )
+    return jnp.where(is_averaged, moved, last.avg_value), number
 
 
 def _damping(
@@ -203,9 +190,7 @@ def learn(
       is_started: whether the run has begun well.
       rule: the numbers of the rule.
     """
-    avg_value, avg_square, last_value, num_averaged = _average(
-        last, seen, decision, rule
-    )
+    avg_value, num_averaged = _average(last, seen, decision, rule)
     damping, num_well = _damping(last, decision, is_started, rule)
     scalars = pack(
         RegulatorScalars(
@@ -213,8 +198,6 @@ def learn(
             scaled_error=seen.error,
             scaled_norm_error=seen.norm_error,
             avg_value=avg_value,
-            avg_square=avg_square,
-            last_value=last_value,
             num_averaged=jnp.where(look.is_failed, 0.0, num_averaged),
             damping=damping,
             num_well=num_well,

@@ -15,8 +15,6 @@ from ._records import LOOKS, RegulatorScalars
 from ._regulate import ErrorRegulateState
 
 _INTERNAL = (
-    "avg_square",
-    "last_value",
     "num_averaged",
     "ceiling",
     "ceiling_in_doubt",

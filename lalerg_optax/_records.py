@@ -39,8 +39,7 @@ class JudgeRule(NamedTuple):
         after a first harm; chosen, as the next two and `fall`, on development streams
         of ``benchmarks/mixtures.py`` and two tasks of ``benchmarks/faults.py``.
       apart: accepted steps between the two, for that to be another time.
-      undone: share of the progress that is too much to be what rare data do, and to be
-        undone from one step to the next where the noise of the loss is far less.
+      undone: share of the progress that is too much to be what rare data do.
       growth: of the logarithm of the bound, where a bounded gradient did no harm.
       num_skips: steps whose norm alone is odd that may be skipped, at first.
       skip_memory: accepted steps after which there may be another one.
@@ -116,9 +115,6 @@ class RegulatorScalars(NamedTuple):
       scaled_error: rise of the loss above its median; 1 is tolerated, float32.
       scaled_norm_error: rise of the log gradient norm, likewise, float32.
       avg_value: exponential average of the accepted losses, float32.
-      avg_square: the same of the squares of their rises, above the average (twice) or
-        the one before; the variance of symmetric noise, or more, float32.
-      last_value: the last of these losses, float32.
       num_averaged: number of losses in that, up to 20, float32.
       damping: factor of the updates, in [2^-10, 1], float32.
       num_well: steps accepted since an update did harm, up to 2^20, float32.
@@ -158,8 +154,6 @@ class RegulatorScalars(NamedTuple):
     scaled_error: Any = 0.0
     scaled_norm_error: Any = 0.0
     avg_value: Any = 0.0
-    avg_square: Any = 0.0
-    last_value: Any = 0.0
     num_averaged: Any = 0.0
     damping: Any = 1.0
     num_well: Any = 0.0

@@ -466,7 +466,7 @@ class ErrorRegulate:
         self.verdict = ACCEPT
         self.events = set()  # not in the package: what the tests count
         self.scaled_error = self.scaled_norm_error = self.grad_norm = 0.0
-        self.avg_value = self.avg_square = self.last_value = 0.0
+        self.avg_value = 0.0
         self.num_averaged = 0
         self.damping = 1.0
         self.num_well = 0
@@ -523,15 +523,6 @@ class ErrorRegulate:
         self.scaled_error = self.rise(
             self.loss, m, self.loss_tolerance, self.loss_is_known
         )
-        # half of all progress in one step, where noise is far less
-        half = 0.5 * (self.loss_history.start_value - self.avg_value)
-        is_known = self.has_value and self.num_averaged >= 16
-        is_known = is_known and half > self.threshold * math.sqrt(self.avg_square)
-        if is_known and math.isfinite(self.loss):
-            floor = 1e-5 * abs(self.avg_value)
-            undoing = (self.loss - self.avg_value) / max(half, floor)
-            self.scaled_error = max(self.scaled_error, undoing)
-            self.is_undone = self.is_undone or undoing > 1.0
 
         m, s = self.norm_history.centre_and_spread()
         is_early = len(self.norm_history.values) < 16
@@ -769,14 +760,7 @@ class ErrorRegulate:
             known = 0 if self.is_new_level else self.num_averaged
             weight = max(0.05, 1.0 / (known + 1))
             self.num_averaged = known + 1
-            deviation = self.loss - self.avg_value
-            self.avg_value += weight * deviation
-            jump = max(self.loss - self.last_value, 0.0)
-            square = max(2.0 * max(deviation, 0.0) ** 2, jump**2)
-            self.last_value = self.loss
-            self.avg_square += weight * (square - self.avg_square)
-            if known == 0:
-                self.avg_square = 0.0
+            self.avg_value += weight * (self.loss - self.avg_value)
 
         is_again = self.num_harmful > 0 and self.num_well >= 16
         is_again = is_again and self.is_new_revert and self.conduct == RESTORING
@@ -846,8 +830,7 @@ class ErrorRegulate:
         """Returns the loss; that of an alarm is clipped."""
         is_alarm = self.loss_is_known and self.scaled_error > 1.0
         if is_alarm and math.isfinite(self.loss):
-            clipped = self.loss_median + self.share * self.loss_tolerance
-            return min(self.loss, clipped)
+            return self.loss_median + self.share * self.loss_tolerance
         return self.loss
 
     def record(self):
