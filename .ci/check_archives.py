@@ -26,6 +26,7 @@ def main(wheel: str, sdist: str) -> None:
     package = {name for name in tracked if name.startswith("lalerg_optax/")}
     assert "lalerg_optax/py.typed" in package
     needed = tracked | {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    needed |= {"CONTRIBUTING.md", "CITATION.cff"}
     problems = {
         "missing from the wheel": package - in_wheel,
         "in the wheel without need": in_wheel - package,

@@ -750,7 +750,13 @@ def family_table(results: Runs) -> list[str]:
 
 def small_table(results: Runs) -> list[str]:
     """Returns the share of runs within 5 % at small batch sizes."""
-    names = [name for name in names_of(results) if name in SMALL_OPTIMIZERS]
+    names = [
+        name
+        for name in names_of(results)
+        if any(results.has(task, name) for task in SMALL_BATCHES)
+    ]
+    if not names:
+        return ["Not measured yet.", ""]
     lines = []
     for title, part in (("chosen on", slice(0, 6)), ("held back", slice(6, None))):
         for size in (1, 8):
@@ -761,7 +767,8 @@ def small_table(results: Runs) -> list[str]:
                 and all(results.has(task, name) for name in names)
             ]
             cells = [share(results.select(n, tasks=tasks)) for n in names]
-            lines.append([f"batch size {size}, tasks {title}", *cells])
+            told = ", ".join(SMALL_BATCHES[task][0] for task in tasks)
+            lines.append([f"batch size {size}, tasks {title}: {told}", *cells])
     for family in FAMILIES:
         cells = [share(results.select(n, family, tasks=SMALL_BATCHES)) for n in names]
         lines.append([family, *cells])
