@@ -16,9 +16,8 @@ from ._moments import (
     product_of_decays,
     square,
     square_of,
-    wide,
 )
-from ._numbers import SMALLEST, is_sound
+from ._numbers import SMALLEST, is_sound, wide
 from ._scalars import count_if
 from ._verdict import Audit, Verdict
 

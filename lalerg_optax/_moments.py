@@ -105,11 +105,6 @@ def square_of(rule: MomentRule, g: jax.Array, dtype: jnp.dtype) -> jax.Array:
 # What the moments may be
 
 
-def wide(x: jax.Array) -> jnp.dtype:
-    """Returns the dtype of moments: a decay of 0.999 is lost in bfloat16."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def is_mean_of_squares(n: jax.Array) -> jax.Array:
     """Returns which entries are neither negative nor infinite nor NaN.
 

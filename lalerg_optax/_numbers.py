@@ -5,10 +5,14 @@ import jax.numpy as jnp
 from jax import lax
 
 LARGEST = 1e37  # larger magnitudes are treated as this one: sums must not overflow
-SMALLEST = 1e-30  # squares of smaller numbers underflow float32
+SMALLEST = 1e-30  # added to, or least of, what is divided by or compared with
+
+
+def wide(x: jax.Array) -> jnp.dtype:
+    """Returns the dtype to compute in: a decay of 0.999 is lost in bfloat16."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def is_sound(param: jax.Array) -> jax.Array:
     """Returns which entries have a square that is finite in float32."""
-    wide = jnp.promote_types(param.dtype, jnp.float32)
-    return jnp.isfinite(lax.square(param.astype(wide)))
+    return jnp.isfinite(lax.square(param.astype(wide(param))))
