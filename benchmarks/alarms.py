@@ -24,13 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cost import skip_step
-from decades import Results as Decades
-from decades import adamw
+import peers
+from decades_tables import Results as Decades
 from jax import lax
+from peers import Peer
 from rich.progress import Progress
 from store import RESULTS, Store, opened, options_of, publish, rounded, table
-from tasks import DEVELOPMENT, REPORT, TASKS, Task, run
+from tasks import DEVELOPMENT, REPORT, TASKS, Task
+from train import Hooks, Taken, grid, train_on
 
 import lalerg_optax as lo
 
@@ -38,7 +39,6 @@ PyTree = Any
 SHARES = (0.1, 1 / 3, 1.0)  # of tuned AdamW's rate
 NUM_SEEDS = 2
 COSTLY = ("patches", "characters")  # one seed, and yet most of the time
-WEIGHT_DECAY = 1e-4
 MAX_LISTED = 60
 AUDIT, SECOND = "audit", "second step of a revert"
 QUICK_TASKS = ("logistic",)
@@ -48,39 +48,8 @@ PARTS = ("noise", "training")
 
 # Rules
 
-
-def mad_step(inner: optax.GradientTransformation, window: int = 128) -> Any:
-    """Skips where the loss exceeds the median plus six times its absolute deviation.
-
-    The deviation is the median absolute one of the last 128 losses times 1.4826, the
-    usual robust estimate of a standard deviation. An alarm is recorded as the largest
-    loss that was tolerated, as in `lalerg_optax.error_regulate`.
-    """
-
-    def init_fn(params: PyTree) -> PyTree:
-        return jnp.zeros(window), jnp.zeros((), jnp.int32), inner.init(params)
-
-    def update_fn(
-        updates: PyTree, state: PyTree, params: Any = None, *, value: Any, **extra: Any
-    ) -> PyTree:
-        recent, count, inner_state = state
-        median = jnp.median(recent)
-        deviation = 1.4826 * jnp.median(jnp.abs(recent - median))
-        limit = jnp.where(count < window, jnp.inf, median + 6.0 * deviation)
-        updates, inner_state = inner.update(updates, inner_state, params)
-        updates = jax.tree.map(lambda u: jnp.where(value <= limit, u, 0), updates)
-        recent = recent.at[count % window].set(jnp.minimum(value, limit))
-        return updates, (recent, count + 1, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-MAKERS: dict[str, Callable[[], Any]] = {
-    "error_regulate": lambda: lo.error_regulate(optax.sgd(0.0)),
-    "skip step, 6 sd": lambda: skip_step(optax.identity()),
-    "6 MAD": lambda: mad_step(optax.identity()),
-}
-RULES = {name: 2 if name == "error_regulate" else 0 for name in MAKERS}
+# steps that a revert takes, 0 if a rule only skips
+RULES = {name: 2 if name == "error_regulate" else 0 for name in peers.RULES}
 TOLD_ONLY = {name: f"{name}, told only" for name in RULES}
 
 
@@ -91,7 +60,7 @@ def verdicts_of(name: str, losses: jax.Array, norms: jax.Array) -> jax.Array:
     A rule that only skips never reverts: two alarms in a row stand as one skip and
     one revert, which is what it would do if it went back at the second.
     """
-    tx = MAKERS[name]()
+    tx = peers.RULES[name]()
 
     def judged(losses: jax.Array, norms: jax.Array) -> jax.Array:
         def step(state: PyTree, seen: PyTree) -> PyTree:
@@ -265,59 +234,53 @@ class Seen(NamedTuple):
     is_searching: Any
 
 
-def noting(inner: optax.GradientTransformation) -> Any:
-    """Keeps the gradient norm of a transformation that judges nothing."""
-
-    def update_fn(updates: PyTree, state: PyTree, params: Any = None) -> PyTree:
-        norm = optax.tree.norm(updates)
-        updates, inner_state = inner.update(updates, state[1], params)
-        return updates, (norm, inner_state)
-
-    return optax.GradientTransformation(
-        lambda params: (jnp.zeros(()), inner.init(params)), update_fn
-    )
-
-
 SIGNALS = ("loss", "grad_norm", "scaled_error", "scaled_norm_error")
 
 
-def watched(state: PyTree) -> dict[str, jax.Array]:
-    """Returns what is seen of a state of the regulator."""
-    report = lo.metrics(state) | {"loss": 0.0}
-    return {name: report.get(name, False) for name in Seen._fields}
+def seen_of(peer: Peer, taken: Taken) -> Seen:
+    """Returns what is kept of a step; nothing but the signals if nobody judges it."""
+    seen = {name: jnp.zeros(()) for name in Seen._fields}
+    if peer.is_own:
+        report = lo.metrics(taken.state)
+        seen |= {name: report[name] for name in Seen._fields if name in report}
+    else:
+        seen["grad_norm"] = optax.tree.norm(taken.grads)
+    return Seen(**seen | {"loss": taken.loss})
 
 
-ADAMW, SEARCHING = "adamw", "lalerg"
-OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
-    ADAMW: lambda rate: noting(adamw(rate)),
-    "error_regulate(adamw)": lambda rate: lo.error_regulate(adamw(rate)),
-    "lalerg, search=False": lambda rate: lo.lalerg(
-        rate, weight_decay=WEIGHT_DECAY, search=False
-    ),
-    SEARCHING: lambda rate: lo.lalerg(rate, weight_decay=WEIGHT_DECAY),
+OPTIMIZERS = {
+    peer.name: peer
+    for peer in (
+        peers.ADAMW,
+        peers.REGULATED,
+        peers.NO_SEARCH._replace(name="lalerg, search=False"),
+        peers.LALERG,
+    )
 }
+ADAMW, SEARCHING = peers.ADAMW.name, peers.LALERG.name
 SLOPES = {"linear": 1.0, "constant": 0.0}
 
 
-def train(
+def runs_of(
     task: Task, name: str, rates: list[float], num_seeds: int, num_steps: int
 ) -> dict[str, Seen]:
     """Runs all cells of an optimizer; arrays are [cell, step], by schedule."""
+    peer = OPTIMIZERS[name]
+    hooks = Hooks(keep=partial(seen_of, peer))
 
     def cell(is_float: bool, slope: Any, rate: Any, seed: jax.Array) -> Seen:
         def decayed(count: jax.Array) -> jax.Array:
             return rate * (1.0 - slope * count / num_steps)
 
-        tx = OPTIMIZERS[name](rate if is_float else decayed)
-        aux = (lambda state: {"grad_norm": state[0]}) if name == ADAMW else watched
-        result = run(task, tx, seed, num_steps=num_steps, aux=aux)
-        nothing = dict.fromkeys(Seen._fields, jnp.zeros(num_steps))
-        return Seen(**nothing | result.aux[0] | {"loss": result.losses})
+        tx = peer.make(rate if is_float else decayed, num_steps)
+        _, end = train_on(task, tx, seed, num_steps, hooks=hooks)
+        return end.kept
 
     def cells(is_float: bool, *slopes: float) -> list[Seen]:
-        over_seeds = jax.vmap(partial(cell, is_float), (None, None, 0))
-        over_rates = jax.vmap(over_seeds, (None, 0, None))
-        runs = jax.jit(jax.vmap(over_rates, (0, None, None)))
+        def over_slopes(slope: Any, rates: jax.Array, seeds: jax.Array) -> Seen:
+            return grid(partial(cell, is_float, slope), rates, seeds)
+
+        runs = jax.jit(jax.vmap(over_slopes, (0, None, None)))
         out = runs(jnp.asarray(slopes), jnp.asarray(rates), jnp.arange(num_seeds))
         flat = jax.tree.map(
             lambda x: np.asarray(x).reshape(len(slopes), -1, num_steps), out
@@ -366,7 +329,7 @@ def listed(
 
 def measure_task(name: str, task: str, cells: dict[str, Any]) -> Iterator[PyTree]:
     """What is said of real training on a task, by schedule."""
-    for schedule, seen in train(TASKS[task](), name, **cells).items():
+    for schedule, seen in runs_of(TASKS[task](), name, **cells).items():
         about = {"task": task, "schedule": schedule}
         if name == ADAMW:
             for rule, issues in RULES.items():

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from recipes import (
     BARE,
     METHODS,
@@ -33,12 +32,12 @@ from recipes import (
     applied,
     evaluated,
     forms_of,
-    is_finite,
     optimizer,
 )
 from rich.progress import Progress
 from store import Store, opened, options_of, publish, rounded, table
-from tasks import TASKS, Task, _full_loss
+from tasks import TASKS, Task
+from train import Hooks, full_loss, is_finite, train
 
 import lalerg_optax as lo
 
@@ -103,42 +102,40 @@ def prepare(name: str) -> Prepared:
     return Prepared(
         task,
         [init(jax.random.key(seed)) for seed in range(NUM_SEEDS)],
-        quick_jit(lambda params, rest: _full_loss(task, task.train, params, rest)),
+        quick_jit(lambda params, rest: full_loss(task, task.train, params, rest)),
     )
 
 
 def trainer(task: Task, method: Method, form: str, num_steps: int) -> Callable:
     """Returns a run, compiled once: start, examples, plan to what is left of it."""
-    tx = optimizer(method, form, num_steps)
 
-    def step(carry: PyTree, now: PyTree) -> PyTree:
-        params, rest, state = carry
-        chosen, factor, is_poisoned, noise = now
+    def gradient(params: PyTree, rest: PyTree, i: jax.Array, now: PyTree) -> PyTree:
+        chosen, plan = now
         *inputs, target = (a[chosen] for a in task.train)
         other = jnp.roll(target, 1, axis=0)
-        batch = (*inputs, jnp.where(is_poisoned, other, target))
+        batch = (*inputs, jnp.where(plan.is_poisoned, other, target))
 
         def loss_fn(params: PyTree) -> tuple[jax.Array, PyTree]:
-            key = jax.random.key(noise)
-            return task.loss(method.seen(params), rest, batch, key, True)
+            return task.loss(method.seen(params), rest, batch, jax.random.key(i), True)
 
-        (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        grads = jax.tree.map(lambda g: factor * g, grads)
-        grads = method.given(grads) if form == BARE else grads
-        updates, state = tx.update(grads, state, params, value=loss)
-        return (applied(form, params, updates, state), rest, state), None
+        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+    def told(loss: jax.Array, grads: PyTree, now: PyTree) -> tuple[jax.Array, PyTree]:
+        grads = jax.tree.map(lambda g: now[1].factor * g, grads)
+        return loss, method.given(grads) if form == BARE else grads
+
+    tx = optimizer(method, form, num_steps)
+    hooks = Hooks(told=told, apply=partial(applied, form), keep=lambda taken: None)
 
     @quick_jit
     def run(params: PyTree, rest: PyTree, chosen: Any, plan: Plan) -> PyTree:
-        params = method.begin(params)
-        steps = (chosen, *plan, jnp.arange(num_steps))
-        carry = (params, rest, tx.init(params))
-        (params, rest, state), _ = lax.scan(step, carry, steps)
-        told = {"is_alive": is_finite(params)}
+        start = method.begin(params), rest
+        end = train(tx, gradient, start, num_steps, (chosen, plan), hooks)
+        told = {"is_alive": is_finite(end.params)}
         if form != BARE:
-            report = lo.metrics(state)
+            report = lo.metrics(end.state)
             told |= {k: report[f"num_{k}"] for k in ("skipped", "reverted")}
-        return evaluated(method, form, state, params), rest, told
+        return evaluated(method, form, end.state, end.params), end.rest, told
 
     return run
 

@@ -7,19 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import optax
 from optax import contrib
+from peers import WEIGHT_DECAY, adamw, linear
+from train import is_finite as is_finite
 
 import lalerg_optax as lo
 
 PyTree = Any
 Schedule = Callable[[Any], Any]
-
-
-def linear(rate: float, num_steps: int) -> Schedule:
-    """Linear decay to zero."""
-    return optax.linear_schedule(rate, 0.0, num_steps)
 
 
 def cosine(rate: float, num_steps: int) -> Schedule:
@@ -92,8 +88,6 @@ def looking_ahead(make: Callable[[Any], Any], rate: float) -> Method:
     )
 
 
-WEIGHT_DECAY = 1e-4
-_adamw = partial(optax.adamw, weight_decay=WEIGHT_DECAY)
 _one_moment = partial(
     lo.scale_by_micro_rate, eps=0.0, gradient_share=1.0, bias_correction=False
 )
@@ -108,7 +102,7 @@ METHODS: dict[str, Method] = {
     "RMSProp": Method(optax.rmsprop, 3e-3, micro=_rmsprop),
     "Adam": Method(optax.adam, 3e-3, micro=_adam),
     "AdaDelta": Method(optax.adadelta, 3.0, micro=optax.scale_by_adadelta),
-    "AdamW": Method(_adamw, 3e-3, micro=_adam, weight_decay=WEIGHT_DECAY),
+    "AdamW": Method(adamw, 3e-3, micro=_adam, weight_decay=WEIGHT_DECAY),
     "SGD, momentum": Method(
         partial(optax.sgd, momentum=0.9), 0.05, micro=partial(optax.trace, decay=0.9)
     ),
@@ -157,7 +151,7 @@ METHODS: dict[str, Method] = {
     ),
     **{
         f"AdamW, {name}": Method(
-            _adamw, 3e-3, schedule, micro=_adam, weight_decay=WEIGHT_DECAY
+            adamw, 3e-3, schedule, micro=_adam, weight_decay=WEIGHT_DECAY
         )
         for name, schedule in {
             "constant rate": constant,
@@ -204,9 +198,3 @@ def applied(form: str, params: PyTree, updates: PyTree, state: PyTree) -> PyTree
     if form == BARE:
         return optax.apply_updates(params, updates)
     return lo.apply_updates(params, updates, state)
-
-
-def is_finite(tree: PyTree) -> jax.Array:
-    """Returns whether all entries are finite."""
-    leaves = [jax.numpy.all(jax.numpy.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return jax.numpy.stack(leaves).all()

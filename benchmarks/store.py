@@ -27,7 +27,8 @@ class Store:
 
     Attributes:
       path: the file.
-      about: the command, the machine and the versions.
+      about: the command, the machine and the versions that runs were made with.
+      now: the same of this process.
       notes: what else stands in the file, by name.
       runs: what was measured, by the fields that tell runs apart.
     """
@@ -36,7 +37,7 @@ class Store:
 
     def __init__(self, path: Path, command: str = "") -> None:
         self.path = path
-        self.about: dict[str, Any] = {
+        self.now: dict[str, Any] = {
             "command": command,
             "machine": {
                 "platform": f"{platform.system()} {platform.machine()}",
@@ -47,10 +48,11 @@ class Store:
                 **{m.__name__: m.__version__ for m in (jax, optax, np, flax)},
             },
         }
+        self.about = self.now
         self.notes: dict[str, Any] = {}
         self.runs: dict[tuple[str, ...], dict[str, Any]] = {}
 
-    def load(self, keep_about: bool = True) -> None:
+    def load(self) -> None:
         """Reads what is stored."""
         if not self.path.exists():
             return
@@ -58,8 +60,7 @@ class Store:
         about, runs = stored.pop("about"), stored.pop("runs")
         self.notes = stored
         self.runs = {tuple(r[name] for name in self.identity): r for r in runs}
-        if keep_about:
-            self.about = about
+        self.about = about
 
     def save(self) -> None:
         """Writes everything, a line for each run."""
@@ -84,6 +85,7 @@ class Store:
         seconds = round(time.perf_counter() - started, 1)
         names = dict(zip(self.identity, key, strict=True))
         self.runs[key] = names | {"seconds": seconds} | cells | entry
+        self.about = self.now
         self.save()
 
     def made(self) -> str:
@@ -111,17 +113,33 @@ def table(header: list[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def options_of(
-    doc: str, only: Sequence[str], tasks: Sequence[str], all_tasks: Sequence[str]
+    doc: str,
+    only: Sequence[str],
+    tasks: Sequence[str] = (),
+    all_tasks: Sequence[str] = (),
+    more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> argparse.Namespace:
-    """Returns the options of the command line, and chooses the device."""
+    """Returns the options of the command line, and chooses the device.
+
+    Args:
+      doc: of the benchmark; its first line is the help's.
+      only: what ``--only`` may choose from; by default all of it.
+      tasks: names of the tasks that are run by default.
+      all_tasks: what ``--tasks`` may choose from; there is no such option if empty.
+      more: adds further options.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu, cuda, rocm or tpu")
     parser.add_argument("--only", nargs="+", choices=only, default=list(only))
-    parser.add_argument("--tasks", nargs="+", choices=all_tasks, default=list(tasks))
+    if all_tasks:
+        parser.add_argument(
+            "--tasks", nargs="+", choices=all_tasks, default=list(tasks)
+        )
     parser.add_argument("--quick", action="store_true", help="small and rough")
     parser.add_argument("--force", action="store_true", help="run what is stored, too")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     parser.add_argument("--out", type=Path, help="path of the results, no ending")
+    more(parser)
     options = parser.parse_args()
     jax.config.update("jax_platforms", options.device)
     return options
@@ -130,13 +148,17 @@ def options_of(
 def opened(kind: type[Store], name: str, options: argparse.Namespace) -> Any:
     """Returns the store of a benchmark, with what it holds.
 
-    A quick run is not to be mistaken for the full one, nor kept.
+    A quick run is not to be mistaken for the full one, nor kept; nor is one on another
+    device.
     """
     here = Path(tempfile.mkdtemp()) if options.quick else RESULTS
-    stem = options.out or here / name
     command = f"python benchmarks/{name}.py" + " --quick" * options.quick
+    if options.device != "cpu":
+        name += f"-{options.device}"
+        command += f" --device {options.device}"
+    stem = options.out or here / name
     store = kind(stem.with_suffix(".json"), command)
-    store.load(keep_about=options.report_only)
+    store.load()
     return store
 
 

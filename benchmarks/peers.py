@@ -1,0 +1,442 @@
+"""Every optimizer that is compared, once, in its most favourable documented form.
+
+A benchmark chooses from these, and may call one by another name. The methods that
+``methods.py`` protects stand in ``recipes.py``.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lalerg_optax as lo
+
+PyTree = Any
+Make = Callable[[Any, int], Any]
+WEIGHT_DECAY = 1e-4  # Optax's default for AdamW, given to all that take one
+NUM_ERRORS = 10**6  # in a row that are tolerated: any number
+
+# Learning rates over a run
+
+
+def linear(rate: Any, num_steps: int) -> optax.Schedule:
+    """Returns the decay to zero that everyone gets who wants one."""
+    return optax.linear_schedule(rate, 0.0, num_steps)
+
+
+def warmup_cosine(rate: Any, num_steps: int) -> optax.Schedule:
+    """Returns a cosine decay after a warm-up of a tenth of the run."""
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, num_steps // 10, num_steps)
+    return lambda count: rate * shape(count)
+
+
+def as_it_is(rate: Any, num_steps: int) -> Any:
+    """Returns the rate."""
+    del num_steps
+    return rate
+
+
+class Peer(NamedTuple):
+    """An optimizer.
+
+    Attributes:
+      name: how the tables call it.
+      make: (learning rate or schedule, number of steps) to the transformation.
+      note: how it is run, and why so.
+      sweep_note: the same where its rate is swept, with what becomes of the rate; as
+        ``note`` if empty.
+      schedule: (learning rate, number of steps) to what ``make`` is given where it is
+        swept.
+      eval_params: (state, params) to the params to evaluate.
+      is_own: whether it is of this library.
+    """
+
+    name: str
+    make: Make
+    note: str = ""
+    sweep_note: str = ""
+    schedule: Callable[[Any, int], Any] = linear
+    eval_params: Callable[[PyTree, PyTree], PyTree] = lambda state, params: params
+    is_own: bool = False
+
+    def at(self, rate: Any, num_steps: int) -> Any:
+        """Returns the transformation where the rate is swept."""
+        return self.make(self.schedule(rate, num_steps), num_steps)
+
+    def apply(self, params: PyTree, updates: PyTree, state: PyTree) -> PyTree:
+        """Returns the new params, as the optimizer's own documentation has it."""
+        if self.is_own:
+            return lo.apply_updates(params, updates, state)
+        return optax.apply_updates(params, updates)
+
+
+def of(factory: Callable[..., Any], **options: Any) -> Make:
+    """Returns a ``make`` of a factory that need not know the number of steps."""
+    return lambda rate, n: factory(rate, **options)
+
+
+# AdamW, bare and guarded
+
+adamw = partial(optax.adamw, weight_decay=WEIGHT_DECAY)
+
+
+def skip_step(inner: optax.GradientTransformation, window: int = 128) -> Any:
+    """The skip-step rule of MaxText, levanter and OLMo, restated.
+
+    The update is zeroed if loss or gradient norm exceeds the mean plus six standard
+    deviations of the last 128 steps.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: PyTree) -> PyTree:
+        return jnp.zeros((2, window)), jnp.zeros((), jnp.int32), inner.init(params)
+
+    def update_fn(
+        updates: PyTree, state: PyTree, params: Any = None, *, value: Any, **extra: Any
+    ) -> PyTree:
+        recent, count, inner_state = state
+        now = jnp.stack([value, optax.tree.norm(updates)])
+        limit = recent.mean(axis=1) + 6.0 * recent.std(axis=1)
+        is_good = jnp.all(now <= limit) | (count < window)
+        updates, inner_state = inner.update(updates, inner_state, params, **extra)
+        updates = jax.tree.map(lambda u: jnp.where(is_good, u, 0), updates)
+        recent = recent.at[:, count % window].set(now)
+        return updates, (recent, count + 1, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def mad_step(inner: optax.GradientTransformation, window: int = 128) -> Any:
+    """Skips where the loss exceeds the median plus six times its absolute deviation.
+
+    The deviation is the median absolute one of the last 128 losses times 1.4826, the
+    usual robust estimate of a standard deviation. An alarm is recorded as the largest
+    loss that was tolerated, as in `lalerg_optax.error_regulate`.
+    """
+
+    def init_fn(params: PyTree) -> PyTree:
+        return jnp.zeros(window), jnp.zeros((), jnp.int32), inner.init(params)
+
+    def update_fn(
+        updates: PyTree, state: PyTree, params: Any = None, *, value: Any, **extra: Any
+    ) -> PyTree:
+        recent, count, inner_state = state
+        median = jnp.median(recent)
+        deviation = 1.4826 * jnp.median(jnp.abs(recent - median))
+        limit = jnp.where(count < window, jnp.inf, median + 6.0 * deviation)
+        updates, inner_state = inner.update(updates, inner_state, params)
+        updates = jax.tree.map(lambda u: jnp.where(value <= limit, u, 0), updates)
+        recent = recent.at[count % window].set(jnp.minimum(value, limit))
+        return updates, (recent, count + 1, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class ZClipState(NamedTuple):
+    """State of `zclip`: statistics of the gradient norm, and how many were seen."""
+
+    mean: jax.Array
+    variance: jax.Array
+    count: jax.Array
+
+
+def zclip(
+    alpha: float = 0.97, threshold: float = 2.5, warmup: int = 25, eps: float = 1e-6
+) -> optax.GradientTransformation:
+    """ZClip's rule, restated from the paper with its defaults.
+
+    With mean and standard deviation of the gradient norm (exponential averages, started
+    with those of 25 steps) and ``z = (norm - mean) / std``, a gradient with z above 2.5
+    is scaled down to the norm ``mean + 2.5 std / (z / 2.5)``, which is then what enters
+    the averages.
+
+    References:
+      Kumar et al., `ZClip <https://arxiv.org/abs/2504.02507>`_, 2025.
+    """
+
+    def init_fn(params: PyTree) -> ZClipState:
+        del params
+        return ZClipState(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
+
+    def update_fn(updates: PyTree, state: ZClipState, params: Any = None) -> PyTree:
+        del params
+        norm = optax.tree.norm(updates)
+        is_warm = state.count >= warmup
+        std = jnp.sqrt(state.variance)
+        z = (norm - state.mean) / (std + eps)
+        is_clipped = is_warm & (z > threshold)
+        limit = state.mean + threshold * std / (z / threshold)
+        seen = jnp.where(is_clipped, limit, norm)
+        scale = jnp.where(is_clipped, limit / (norm + eps), 1.0)
+        weight = jnp.where(is_warm, 1.0 - alpha, 1.0 / (state.count + 1.0))
+        mean = state.mean + weight * (seen - state.mean)
+        # while it warms up, that of all values so far
+        distance = jnp.where(is_warm, seen - mean, seen - state.mean)
+        square = distance * (seen - mean)
+        variance = (1.0 - weight) * state.variance + weight * square
+        updates = jax.tree.map(lambda u: scale * u, updates)
+        return updates, ZClipState(mean, variance, state.count + 1)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def blind(inner: optax.GradientTransformation) -> Any:
+    """Drops every batch that has something rare in it: what a censor would do."""
+
+    def update_fn(
+        updates: PyTree,
+        state: PyTree,
+        params: Any = None,
+        *,
+        is_rare: Any,
+        **extra: Any,
+    ) -> PyTree:
+        del extra
+        after = inner.update(updates, state, params)
+        before = optax.tree.zeros_like(updates), state
+        return jax.tree.map(lambda b, a: jnp.where(is_rare, b, a), before, after)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+ADAMW = Peer(
+    "adamw",
+    of(adamw),
+    "`optax.adamw`",
+    "linear decay to zero; also the reference, which is the best of 17 half decades",
+)
+CONSTANT = ADAMW._replace(
+    name="adamw, constant", sweep_note="no schedule", schedule=as_it_is
+)
+WARMED_UP = ADAMW._replace(
+    name="adamw, warm-up and cosine", sweep_note="the same", schedule=warmup_cosine
+)
+NADAMW = Peer(
+    "nadamw", of(optax.nadamw, weight_decay=WEIGHT_DECAY), sweep_note="linear decay"
+)
+CLIPPED = Peer(
+    "clip + adamw",
+    lambda rate, n: optax.chain(optax.clip_by_global_norm(1.0), adamw(rate)),
+    "global norm 1",
+    "global norm 1, linear decay",
+)
+FINITE = Peer(
+    "apply_if_finite(adamw)",
+    lambda rate, n: optax.apply_if_finite(adamw(rate), NUM_ERRORS),
+    "any number of errors in a row is tolerated",
+    "linear decay; any number of errors in a row is tolerated",
+)
+SKIPPING = Peer(
+    "skip_step(adamw)",
+    lambda rate, n: skip_step(adamw(rate)),
+    "loss or norm above mean + 6 sd of 128 steps is dropped",
+    "linear decay; loss or norm above mean + 6 sd of 128 steps is dropped",
+)
+ZCLIPPED = Peer(
+    "zclip + adamw",
+    lambda rate, n: optax.chain(zclip(), adamw(rate)),
+    "norms with a z-score above 2.5 are clipped, restated from arXiv 2504.02507",
+)
+BLIND = Peer(
+    "adamw, blind",
+    lambda rate, n: blind(adamw(rate)),
+    "drops whatever has something rare in it, to show what a failure looks like",
+)
+PLATEAU = Peer(
+    "reduce_on_plateau(adamw)",
+    lambda rate, n: optax.chain(
+        adamw(rate),
+        optax.contrib.reduce_on_plateau(
+            factor=0.5, patience=5, accumulation_size=max(1, n // 40)
+        ),
+    ),
+    sweep_note="factor and patience of Optax's example, with means of a fortieth of "
+    "the run",
+    schedule=as_it_is,
+)
+
+# Those that find a rate themselves
+
+
+class AveragedState(NamedTuple):
+    """State of `averaged`: the average, its length, and the state of the inner."""
+
+    average: PyTree
+    count: jax.Array
+    inner_state: PyTree
+
+
+def averaged(inner: optax.GradientTransformation, gamma: float = 8.0) -> Any:
+    """Keeps the average of the params with polynomial decay that DoG's authors use."""
+
+    def init_fn(params: PyTree) -> AveragedState:
+        return AveragedState(params, jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update_fn(updates: PyTree, state: AveragedState, params: Any = None) -> PyTree:
+        updates, inner_state = inner.update(updates, state.inner_state, params)
+        count = state.count + 1
+        weight = (1.0 + gamma) / (count + gamma)
+        average = jax.tree.map(
+            lambda a, p, u: a + weight * (p + u - a), state.average, params, updates
+        )
+        return updates, AveragedState(average, count, inner_state)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def estimating(name: str, factory: Callable[..., Any]) -> tuple[Peer, Peer]:
+    """Returns the two ways to give a rate to an optimizer that estimates its own."""
+    return (
+        Peer(
+            name,
+            of(factory, weight_decay=WEIGHT_DECAY),
+            sweep_note="multiplier with linear decay, as its docstring recommends",
+        ),
+        Peer(
+            f"{name}, first estimate",
+            lambda rate, n: factory(
+                linear(1.0, n), estim_lr0=rate, weight_decay=WEIGHT_DECAY
+            ),
+            sweep_note="the rate as its first estimate, multiplier 1 with linear decay",
+            schedule=as_it_is,
+        ),
+    )
+
+
+PRODIGY, PRODIGY_FIRST = estimating("prodigy", optax.contrib.prodigy)
+DADAPT, DADAPT_FIRST = estimating("dadapt_adamw", optax.contrib.dadapt_adamw)
+MECHANIZED = Peer(
+    "mechanize(adamw)",
+    lambda rate, n: optax.contrib.mechanize(adamw(rate)),
+    sweep_note="linear decay inside; its own decay left at the default that it "
+    "recommends",
+)
+DOG = Peer(
+    "dog",
+    lambda rate, n: averaged(optax.contrib.dog(rate, weight_decay=WEIGHT_DECAY)),
+    sweep_note="constant multiplier and the averaging that its authors recommend",
+    schedule=as_it_is,
+    eval_params=lambda state, params: state.average,
+)
+DOG_FIRST = DOG._replace(
+    name="dog, first estimate",
+    make=lambda rate, n: averaged(
+        optax.contrib.dog(init_step=("learning_rate", rate), weight_decay=WEIGHT_DECAY)
+    ),
+    sweep_note="the rate as its first step, multiplier 1, the same averaging",
+)
+MOMO = Peer(
+    "momo_adam",
+    of(optax.contrib.momo_adam, weight_decay=WEIGHT_DECAY),
+    sweep_note="linear decay; its lower bound 0 is one for every task",
+)
+SCHEDULE_FREE = Peer(
+    "schedule_free_adamw",
+    lambda rate, n: optax.contrib.schedule_free_adamw(
+        rate, warmup_steps=n // 10, weight_decay=WEIGHT_DECAY
+    ),
+    sweep_note="constant after a warm-up of a tenth, evaluated at its average",
+    schedule=as_it_is,
+    eval_params=optax.contrib.schedule_free_eval_params,
+)
+
+# This library
+
+
+def lalerg(**options: Any) -> Make:
+    """Returns a ``make`` of `lalerg_optax.lalerg`."""
+    return of(lo.lalerg, **{"weight_decay": WEIGHT_DECAY} | options)
+
+
+LALERG = Peer("lalerg", lalerg(), "`search=True`", "linear decay to zero", is_own=True)
+NO_SEARCH = LALERG._replace(
+    name="lalerg without search",
+    make=lalerg(search=False),
+    note="`search=False`",
+    sweep_note="search=False, linear decay to zero",
+)
+ADAMS_RULE = LALERG._replace(
+    name="lalerg with Adam's rule",
+    make=lalerg(b2=0.999, gradient_share=0.0),
+    sweep_note="b2=0.999, gradient_share=0, linear decay to zero",
+)
+LONG_MEMORY = LALERG._replace(
+    name="lalerg, b2 = 0.999",
+    make=lalerg(b2=0.999),
+    note="a second moment that remembers ten times as long",
+)
+LALERG_WARMED_UP = LALERG._replace(
+    name="lalerg, warm-up and cosine",
+    sweep_note="a tenth of warm-up, cosine decay",
+    schedule=warmup_cosine,
+)
+DEFAULT = LALERG._replace(
+    name="lalerg()",
+    make=lambda rate, n: lo.lalerg(),
+    sweep_note="no argument, no schedule, number of steps not known",
+)
+MICROS = tuple(
+    LALERG._replace(
+        name=f"lalerg, micro = {name}",
+        make=lambda rate, n, micro=micro: lalerg(micro=micro())(rate, n),
+        sweep_note="in place of Adam's, with linear decay",
+    )
+    for name, micro in {
+        "rms": optax.scale_by_rms,
+        "rss": optax.scale_by_rss,
+        "lion": optax.scale_by_lion,
+        "momentum": lambda: optax.trace(0.9),
+    }.items()
+)
+REGULATED = Peer(
+    "error_regulate(adamw)",
+    lambda rate, n: lo.error_regulate(adamw(rate)),
+    "all defaults",
+    "linear decay to zero",
+    is_own=True,
+)
+
+# Only their steps are timed (``cost.py``): with the defaults of Optax, but for the
+# decay of mechanize, which would be taken beside AdamW's
+
+BASES = (
+    ADAMW,
+    Peer("lion", of(optax.lion)),
+    Peer("sgd, momentum", of(optax.sgd, momentum=0.9)),
+    Peer("adafactor", of(optax.adafactor)),
+    Peer("muon", of(optax.contrib.muon)),
+)
+TIMED = (
+    LALERG._replace(name="lalerg, bf16 anchor", make=lalerg(anchor_dtype="bfloat16")),
+    LALERG._replace(
+        name="lalerg, anchor in host memory", make=lalerg(anchor_memory="pinned_host")
+    ),
+)
+LALERG_CLIPPED = LALERG._replace(name="lalerg, clip_norm", make=lalerg(clip_norm=1.0))
+TIMED_REGULATED = tuple(
+    Peer(
+        f"error_regulate({base.name})",
+        lambda rate, n, base=base: lo.error_regulate(base.make(rate, n)),
+        is_own=True,
+    )
+    for base in BASES
+)
+TIMED_PEERS = (
+    Peer("prodigy", of(optax.contrib.prodigy)),
+    Peer(
+        "mechanize(adamw)",
+        lambda rate, n: optax.contrib.mechanize(adamw(rate), weight_decay=0.0),
+    ),
+    Peer("schedule_free_adamw", of(optax.contrib.schedule_free_adamw)),
+)
+
+# What a rule says of losses and norms alone, around what never moves (``alarms.py``)
+
+RULES: dict[str, Callable[[], Any]] = {
+    "error_regulate": lambda: lo.error_regulate(optax.sgd(0.0)),
+    "skip step, 6 sd": lambda: skip_step(optax.identity()),
+    "6 MAD": lambda: mad_step(optax.identity()),
+}
