@@ -5,19 +5,24 @@ compared with, in one process, because machines are noisy. Beside them stand XLA
 counts, which are not. Two figures are told for the ratio: the median, and the mean over
 the whole of several periods of the anchor, in which the rare steps have their share.
 
-    python benchmarks/cost.py                       # all, about 25 minutes on 2 cores
-    python benchmarks/cost.py --quick               # all of it, small and rough
-    python benchmarks/cost.py --only steps train    # some of it
-    python benchmarks/cost.py --device cuda         # the same on a GPU
+    python benchmarks/cost.py                          # all, half an hour on 2 cores
+    python benchmarks/cost.py --quick                  # all of it, small and rough
+    python benchmarks/cost.py --only steps training    # some of it
+    python benchmarks/cost.py --device cuda            # the same on a GPU
+    python benchmarks/cost.py --report-only            # the tables
+
+A row that is stored is not run again, so that a run may be stopped and goes on later,
+whatever machine it is from: ``--out`` begins a file of one's own, ``--force`` runs all
+anew. Steps are taken one by one, not in the loop of ``train.py``:
+it is single steps that are timed.
 """
 
-import argparse
-import json
-import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peers
 from flax import linen as nn
-from rich.progress import track
-
-import lalerg_optax as lo
+from peers import Peer
+from rich.progress import Progress
+from store import Store, opened, options_of, publish, table
 
 PyTree = Any
 RATE = 1e-9  # the gradient does not change, and a search would take params far away
-CLIP = 1.0
 WARM_UP = 300  # steps, after which the anchor moves as seldom as it ever does
 PERIOD = 32  # steps from anchor to anchor
 
@@ -40,90 +45,53 @@ PERIOD = 32  # steps from anchor to anchor
 class Row(NamedTuple):
     """An optimizer, what it is compared with, and how much longer it may take."""
 
-    name: str
-    make: Callable[[], Any]
-    against: str = "adamw"
+    peer: Peer
+    against: Peer = peers.ADAMW
     limit: float | None = None
 
 
-def skip_step(inner: optax.GradientTransformation, window: int = 128) -> Any:
-    """The skip-step rule of MaxText, levanter and OLMo, restated.
-
-    The update is zeroed if loss or gradient norm exceeds the mean plus six standard
-    deviations of the last 128 steps.
-    """
-    inner = optax.with_extra_args_support(inner)
-
-    def init_fn(params: PyTree) -> PyTree:
-        return jnp.zeros((2, window)), jnp.zeros((), jnp.int32), inner.init(params)
-
-    def update_fn(
-        updates: PyTree, state: PyTree, params: Any = None, *, value: Any, **extra: Any
-    ) -> PyTree:
-        recent, count, inner_state = state
-        now = jnp.stack([value, optax.tree.norm(updates)])
-        limit = recent.mean(axis=1) + 6.0 * recent.std(axis=1)
-        is_good = jnp.all(now <= limit) | (count < window)
-        updates, inner_state = inner.update(updates, inner_state, params, **extra)
-        updates = jax.tree.map(lambda u: jnp.where(is_good, u, 0), updates)
-        recent = recent.at[:, count % window].set(now)
-        return updates, (recent, count + 1, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-INNER: dict[str, Callable[[], Any]] = {
-    "adamw": lambda: optax.adamw(RATE),
-    "lion": lambda: optax.lion(RATE),
-    "sgd, momentum": lambda: optax.sgd(RATE, momentum=0.9),
-    "adafactor": lambda: optax.adafactor(RATE),
-    "muon": lambda: optax.contrib.muon(RATE),
-}
-BASES: dict[str, Callable[[], Any]] = INNER | {
-    "clip, adamw": lambda: optax.chain(
-        optax.clip_by_global_norm(CLIP), optax.adamw(RATE)
-    ),
-    "apply_if_finite(adamw)": lambda: optax.apply_if_finite(optax.adamw(RATE), 5),
-}
-LALERG = Row("lalerg", lambda: lo.lalerg(RATE), limit=1.35)
+CLIPPED = peers.CLIPPED._replace(name="clip, adamw")
+NO_SEARCH = peers.NO_SEARCH._replace(name="lalerg, search=False")
+LALERG = Row(peers.LALERG, limit=1.35)
 ROWS = (
     LALERG,
-    Row("lalerg, search=False", lambda: lo.lalerg(RATE, search=False)),
-    Row("lalerg, bf16 anchor", lambda: lo.lalerg(RATE, anchor_dtype="bfloat16")),
-    Row(
-        "lalerg, anchor in host memory",
-        lambda: lo.lalerg(RATE, anchor_memory="pinned_host"),
-    ),
-    Row(
-        "lalerg, clip_norm", lambda: lo.lalerg(RATE, clip_norm=CLIP), "clip, adamw", 0.6
-    ),
-    LALERG._replace(against="apply_if_finite(adamw)", limit=0.5),
-    *(
-        Row(
-            f"error_regulate({name})",
-            lambda make=make: lo.error_regulate(make()),
-            name,
-            1.6,
-        )
-        for name, make in INNER.items()
-    ),
-    Row("clip, adamw", BASES["clip, adamw"]),
-    Row("apply_if_finite(adamw)", BASES["apply_if_finite(adamw)"]),
-    Row("skip step, 6 sd (adamw)", lambda: skip_step(optax.adamw(RATE))),
-    Row("prodigy", lambda: optax.contrib.prodigy(RATE)),
-    Row(
-        "mechanize(adamw)",
-        lambda: optax.contrib.mechanize(optax.adamw(RATE), weight_decay=0.0),
-    ),
-    Row("schedule_free_adamw", lambda: optax.contrib.schedule_free_adamw(RATE)),
+    Row(NO_SEARCH),
+    *map(Row, peers.TIMED),
+    Row(peers.LALERG_CLIPPED, CLIPPED, 0.6),
+    LALERG._replace(against=peers.FINITE, limit=0.5),
+    *map(Row, peers.TIMED_REGULATED, peers.BASES, [1.6] * len(peers.BASES)),
+    Row(CLIPPED),
+    Row(peers.FINITE),
+    Row(peers.SKIPPING._replace(name="skip step, 6 sd (adamw)")),
+    *map(Row, peers.TIMED_PEERS),
 )
+
+
+class Results(Store):
+    """What has been measured; the machine is told by its device."""
+
+    identity = ("part", "optimizer", "against", "size")
+
+    def __init__(self, path: Path, command: str = "") -> None:
+        super().__init__(path, command)
+        machine = f"{platform.machine()} {jax.devices()[0].device_kind}"
+        self.now["machine"]["platform"] = machine
+
+    def made(self) -> str:
+        """Returns with what all this was made, and on what."""
+        machine, versions = self.about["machine"], self.about["versions"]
+        return (
+            f"Made with `{self.about['command']}` on {machine['platform']}, "
+            f"{machine['cores']} cores; Python {versions['python']}, "
+            f"JAX {versions['jax']}, Optax {versions['optax']}."
+        )
 
 
 class Step:
     """A compiled optimizer step with donated buffers, and what it is fed."""
 
-    def __init__(self, make: Callable[[], Any], params: PyTree) -> None:
-        tx = optax.with_extra_args_support(make())
+    def __init__(self, peer: Peer, params: PyTree) -> None:
+        tx = optax.with_extra_args_support(peer.make(RATE, 0))
 
         def step(params: PyTree, state: PyTree, grads: PyTree, value: Any) -> PyTree:
             updates, state = tx.update(grads, state, params, value=value)
@@ -166,6 +134,7 @@ class Step:
         }
 
 
+@lru_cache(maxsize=1)
 def make_params(num_params: int, num_leaves: int, dtype: Any = jnp.float32) -> PyTree:
     """Returns square matrices with together about ``num_params`` entries."""
     side = max(1, round((num_params / num_leaves) ** 0.5))
@@ -210,12 +179,9 @@ def ratio_of(times: np.ndarray) -> dict[str, float]:
 
 def compare(row: Row, params: PyTree, seconds: float) -> dict[str, Any]:
     """Measures a row against what it is compared with."""
-    steps = [Step(BASES[row.against], params), Step(row.make, params)]
+    steps = [Step(peer, params) for peer in (row.against, row.peer)]
     base, own = (step.counts() for step in steps)
     return {
-        "optimizer": row.name,
-        "against": row.against,
-        "limit": row.limit,
         **ratio_of(in_turn(steps, seconds)),
         **own,
         "base_temporaries": base["temporaries"],
@@ -236,78 +202,112 @@ def copy_bandwidth(num_params: int) -> float:
     return 8.0 * num_params / float(np.median(seconds[1:]))
 
 
-def measure_steps(quick: bool) -> Iterator[dict[str, Any]]:
-    """The optimizer step alone, with its parameters in 32 matrices."""
-    num_params = 2**21 if quick else 2**25
-    params = make_params(num_params, 32)
+# What is measured
+
+
+class Job(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+      row: what is compared with what.
+      size: of the model, in words; it tells rows apart.
+      cells: the same in numbers.
+      measured: measures it.
+    """
+
+    row: Row
+    size: str
+    cells: dict[str, Any]
+    measured: Callable[[], dict[str, Any]]
+
+
+def step_of(row: Row, num_params: int, quick: bool) -> dict[str, Any]:
+    """Measures a row, and which share of the copy bandwidth is used."""
+    before = copy_bandwidth(num_params)
+    entry = compare(row, make_params(num_params, 32), seconds=1.0 if quick else 12.0)
+    bandwidth = (before + copy_bandwidth(num_params)) / 2
+    entry |= {"copy_bandwidth": bandwidth}
     # AdamW reads p, g, mu, nu and writes p, mu, nu; lalerg reads g and the anchor more
-    least_bytes = {"lalerg": 36, "lalerg, search=False": 36}
+    for name, is_it, key, least_bytes in (
+        ("adamw", row.against is peers.ADAMW, "base_milliseconds", 28),
+        ("lalerg", row.peer is peers.LALERG, "milliseconds", 36),
+    ):
+        if is_it:
+            rate = least_bytes * num_params / (1e-3 * entry[key])
+            entry[f"share_of_bandwidth_{name}"] = rate / bandwidth
+    return entry
+
+
+def steps(results: Results, quick: bool) -> Iterator[Job]:
+    """The optimizer step alone, with its parameters in 32 matrices."""
+    del results
+    num_params = 2**21 if quick else 2**25
     for row in ROWS:
-        before = copy_bandwidth(num_params)
-        entry = compare(row, params, seconds=1.0 if quick else 12.0)
-        bandwidth = (before + copy_bandwidth(num_params)) / 2
-        entry |= {"num_params": num_params, "copy_bandwidth": bandwidth}
-        for name, key in (("adamw", "base_milliseconds"), ("lalerg", "milliseconds")):
-            if entry["optimizer" if name == "lalerg" else "against"] == name:
-                rate = least_bytes.get(name, 28) * num_params / (1e-3 * entry[key])
-                entry[f"share_of_bandwidth_{name}"] = rate / bandwidth
-        yield entry
+        cells = {"num_params": num_params, "limit": row.limit}
+        measured = partial(step_of, row, num_params, quick)
+        yield Job(row, f"{num_params} parameters", cells, measured)
 
 
-def measure_sizes(quick: bool) -> Iterator[dict[str, Any]]:
+def sizes(results: Results, quick: bool) -> Iterator[Job]:
     """Growing numbers of parameters, and params in bfloat16."""
-    sizes = (10**6, 3 * 10**6) if quick else (10**6, 10**7, 5 * 10**7, 2 * 10**8)
-    for num_params in sizes:
-        params = make_params(num_params, 16)
-        yield compare(LALERG, params, 1.0 if quick else 8.0) | {
-            "limit": None,
-            "num_params": num_params,
-            "params": "float32",
-        }
-    params = make_params(sizes[-2], 16, jnp.bfloat16)
-    yield compare(LALERG, params, 1.0 if quick else 8.0) | {
-        "limit": None,
-        "num_params": sizes[-2],
-        "params": "bfloat16",
-    }
+    del results
+    numbers = (10**6, 3 * 10**6) if quick else (10**6, 10**7, 5 * 10**7, 2 * 10**8)
+    kinds = [(n, "float32") for n in numbers] + [(numbers[-2], "bfloat16")]
+    row = LALERG._replace(limit=None)
+    for num_params, dtype in kinds:
+
+        def measured(num_params: int = num_params, dtype: str = dtype) -> PyTree:
+            params = make_params(num_params, 16, dtype)
+            return compare(row, params, 1.0 if quick else 8.0)
+
+        cells = {"num_params": num_params, "params": dtype, "limit": None}
+        yield Job(row, f"{num_params} parameters, {dtype}", cells, measured)
 
 
-def measure_leaves(quick: bool) -> Iterator[dict[str, Any]]:
+def leaves(results: Results, quick: bool) -> Iterator[Job]:
     """Many small leaves, of about 1,000 entries."""
+    del results
     num_leaves = 200 if quick else 2000
-    params = make_params(num_leaves * 1000, num_leaves)
-    lalerg = LALERG._replace(limit=1.5)
-    for row in (lalerg, Row("clip, adamw", BASES["clip, adamw"])):
-        yield compare(row, params, 1.0 if quick else 12.0) | {"num_leaves": num_leaves}
+    for row in (LALERG._replace(limit=1.5), Row(CLIPPED)):
+
+        def measured(row: Row = row) -> dict[str, Any]:
+            params = make_params(num_leaves * 1000, num_leaves)
+            return compare(row, params, 1.0 if quick else 12.0)
+
+        cells = {"num_leaves": num_leaves, "limit": row.limit}
+        yield Job(row, f"{num_leaves} leaves", cells, measured)
 
 
-def measure_compilation(quick: bool) -> Iterator[dict[str, Any]]:
+def build_of(results: Results, row: Row, num_leaves: int, size: str) -> dict[str, Any]:
+    """Compiles a step, three times if there are few leaves."""
+    step = Step(row.peer, make_params(1000 * num_leaves, num_leaves))
+    step.args = (*step.carry, step.grads, jnp.float32(1.0))
+    again = 0 if num_leaves > 500 else 2
+    times = [step.compile_seconds, *(step.compile()[1] for _ in range(again))]
+    seconds = float(np.median(times))
+    base = seconds
+    if row.peer is not row.against:
+        name = row.against.name
+        base = results.runs["compilation", name, name, size]["build_seconds"]
+    return {"build_seconds": seconds, "ratio": seconds / base}
+
+
+def compilation(results: Results, quick: bool) -> Iterator[Job]:
     """Tracing, lowering and compiling the optimizer step."""
     rows = (
-        Row("adamw", BASES["adamw"]),
-        LALERG,
-        Row("lalerg, search=False", lambda: lo.lalerg(RATE, search=False)),
-        Row("error_regulate(adamw)", lambda: lo.error_regulate(optax.adamw(RATE))),
-        Row("clip, adamw", BASES["clip, adamw"]),
-        Row("apply_if_finite(adamw)", BASES["apply_if_finite(adamw)"]),
+        Row(peers.ADAMW),
+        LALERG._replace(limit=1.5),
+        Row(NO_SEARCH),
+        Row(peers.REGULATED),
+        Row(CLIPPED),
+        Row(peers.FINITE),
     )
     for num_leaves in (4, 100) if quick else (4, 32, 150, 500, 2000):
-        base = 0.0
+        size = f"{num_leaves} leaves"
         for row in rows:
-            step = Step(row.make, make_params(1000 * num_leaves, num_leaves))
-            step.args = (*step.carry, step.grads, jnp.float32(1.0))
-            again = 0 if num_leaves > 500 else 2
-            times = [step.compile_seconds, *(step.compile()[1] for _ in range(again))]
-            seconds = float(np.median(times))
-            base = base or seconds
-            yield {
-                "optimizer": row.name,
-                "against": "adamw",
-                "num_leaves": num_leaves,
-                "seconds": seconds,
-                "ratio": seconds / base,
-                "limit": 1.5 if row.name == "lalerg" else None,
-            }
+            cells = {"num_leaves": num_leaves, "limit": row.limit}
+            measured = partial(build_of, results, row, num_leaves, size)
+            yield Job(row, size, cells, measured)
 
 
 class Block(nn.Module):
@@ -346,8 +346,8 @@ class Transformer(nn.Module):
 class TrainingStep(Step):
     """A whole training step: forward, backward, update."""
 
-    def __init__(self, make: Callable[[], Any], model: nn.Module, tokens: Any) -> None:
-        tx = optax.with_extra_args_support(make())
+    def __init__(self, peer: Peer, rate: float, model: nn.Module, tokens: Any) -> None:
+        tx = optax.with_extra_args_support(peer.make(rate, 0))
 
         def loss_fn(params: PyTree, tokens: Any) -> jax.Array:
             logits = model.apply(params, tokens[:, :-1])
@@ -371,35 +371,54 @@ class TrainingStep(Step):
         del self.args
 
 
-def measure_training(quick: bool) -> Iterator[dict[str, Any]]:
-    """The whole training step of a transformer, on 32 x 128 tokens."""
-    model = Transformer(width=96, depth=2) if quick else Transformer()
+def training_of(row: Row, width: int, depth: int, repeats: int) -> dict[str, Any]:
+    """Measures a whole training step."""
     tokens = jax.random.randint(jax.random.key(1), (32, 129), 0, 256)
-    for row in (LALERG._replace(limit=1.02),):
-        makers = (lambda: optax.adamw(1e-4), row.make)
-        steps: list[Step] = [TrainingStep(make, model, tokens) for make in makers]
-        repeats = 4 if quick else 30
-        for step in steps:
-            step(0.0)
-        times = [[step(0.0) for step in steps] for _ in range(repeats)]
-        yield {
-            "optimizer": row.name,
-            "against": "adamw",
-            "limit": row.limit,
-            "num_params": steps[1].num_params,
-            **ratio_of(np.asarray(times)),
-            "compile_seconds": steps[1].compile_seconds,
-            "base_compile_seconds": steps[0].compile_seconds,
-        }
+    model = Transformer(width=width, depth=depth)
+    base, own = (
+        TrainingStep(peer, rate, model, tokens)
+        for peer, rate in ((row.against, 1e-4), (row.peer, RATE))
+    )
+    both = [base, own]
+    for step in both:
+        step(0.0)
+    times = [[step(0.0) for step in both] for _ in range(repeats)]
+    return {
+        "num_params": own.num_params,
+        **ratio_of(np.asarray(times)),
+        "compile_seconds": own.compile_seconds,
+        "base_compile_seconds": base.compile_seconds,
+    }
 
 
-PARTS: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {
-    "steps": measure_steps,
-    "sizes": measure_sizes,
-    "leaves": measure_leaves,
-    "compilation": measure_compilation,
-    "training": measure_training,
+def training(results: Results, quick: bool) -> Iterator[Job]:
+    """The whole training step of a transformer, on 32 x 128 tokens."""
+    del results
+    width, depth = (96, 2) if quick else (384, 6)
+    row = LALERG._replace(limit=1.02)
+    cells = {"width": width, "depth": depth, "limit": row.limit}
+    measured = partial(training_of, row, width, depth, repeats=4 if quick else 30)
+    yield Job(row, f"width {width}, depth {depth}", cells, measured)
+
+
+PARTS: dict[str, Callable[[Results, bool], Iterator[Job]]] = {
+    part.__name__: part for part in (steps, sizes, leaves, compilation, training)
 }
+
+
+def measure_all(
+    results: Results, only: Iterable[str], quick: bool, force: bool
+) -> None:
+    """Measures and stores every row that is not stored yet."""
+    todo = [(part, job) for part in only for job in PARTS[part](results, quick)]
+    with Progress() as progress:
+        for part, job in progress.track(todo, description="rows"):
+            key = (part, job.row.peer.name, job.row.against.name, job.size)
+            results.measure(key, job.cells, job.measured, force)
+
+
+# Tables
+
 COLUMNS = {
     "optimizer": "optimizer",
     "against": "against",
@@ -410,7 +429,7 @@ COLUMNS = {
     "mean_ratio": "mean ratio",
     "limit": "at most",
     "milliseconds": "ms",
-    "seconds": "seconds",
+    "build_seconds": "seconds",
     "bytes_accessed": "bytes (XLA)",
     "temporaries": "temporaries",
     "base_temporaries": "of the base",
@@ -433,73 +452,48 @@ def as_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def table(entries: list[dict[str, Any]]) -> str:
-    """Returns entries as a Markdown table of the columns that they have."""
+def part_table(results: Results, part: str) -> list[str]:
+    """Returns the rows of a part, with the columns that they have."""
+    entries = [run for run in results.runs.values() if run["part"] == part]
     names = [c for c in COLUMNS if any(e.get(c) is not None for e in entries)]
-    rows = [[COLUMNS[c].strip() for c in names], ["---"] * len(names)]
-    rows += [[as_text(entry.get(c)) for c in names] for entry in entries]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[as_text(entry.get(c)) for c in names] for entry in entries]
+    return table([COLUMNS[c].strip() for c in names], rows)
 
 
-def report(results: dict[str, Any]) -> str:
+def report(results: Results) -> str:
     """Returns everything as Markdown."""
-    machine = results["machine"]
     lines = [
         "# What protection costs",
         "",
-        f"Made with `{results['command']}` on {machine['device']}, "
-        f"{machine['cores']} cores; Python {machine['python']}, "
-        f"JAX {machine['jax']}, Optax {machine['optax']}. Ratios are medians of steps "
+        f"{results.made()} Ratios are medians of steps "
         "taken in turn; bytes, temporaries (bytes) and state (entries) are per "
         "parameter and come from XLA.",
         "",
     ]
-    for part, entries in results["parts"].items():
-        title = (PARTS[part].__doc__ or "").strip()
-        lines += [f"## {title}", "", table(entries), ""]
+    known = {part for part, *_ in results.runs}
+    for name, part in PARTS.items():
+        if name in known:
+            title = (part.__doc__ or "").strip()
+            lines += [f"## {title}", "", *part_table(results, name)]
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, rocm or tpu")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--quick", action="store_true", help="small and rough")
+def with_trace(parser: ArgumentParser) -> None:
+    """Adds an option."""
     parser.add_argument("--trace", type=Path, help="write a profile to this folder")
-    parser.add_argument("--out", type=Path, help="write PATH.json and PATH.md")
-    options = parser.parse_args()
-    jax.config.update("jax_platforms", options.device)
 
-    quick = " --quick" if options.quick else ""
-    device = jax.devices()[0]
-    results: dict[str, Any] = {
-        "command": f"python benchmarks/cost.py --device {options.device}{quick}",
-        "machine": {
-            "device": f"{platform.machine()} {device.device_kind}",
-            "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "optax": optax.__version__,
-        },
-        "parts": {},
-    }
-    if options.trace:
-        jax.profiler.start_trace(str(options.trace))
-    for part in options.only:
-        entries = results["parts"][part] = []
-        for entry in track(PARTS[part](options.quick), description=f"{part:12}"):
-            entries.append(entry)
-            if options.out:  # nothing is lost if the run ends early
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.with_suffix(".json").write_text(
-                    json.dumps(results, indent=1) + "\n"
-                )
-    if options.trace:
-        jax.profiler.stop_trace()
-    print(report(results))
-    if options.out:
-        options.out.with_suffix(".md").write_text(report(results) + "\n")
+
+def main() -> None:
+    """Measures, stores, and writes the tables."""
+    options = options_of(__doc__, tuple(PARTS), more=with_trace)
+    results = opened(Results, "cost", options)
+    if not options.report_only:
+        if options.trace:
+            jax.profiler.start_trace(str(options.trace))
+        measure_all(results, options.only, options.quick, options.force)
+        if options.trace:
+            jax.profiler.stop_trace()
+    publish(results, report(results))
 
 
 if __name__ == "__main__":
