@@ -1,6 +1,6 @@
 """Adaptive methods that people know, and how each of them is protected.
 
-`METHODS` is what ``methods.py`` measures and what ``tests/test_methods.py`` holds to.
+`METHODS` is what ``methods.py`` measures and what ``test_methods.py`` holds to.
 """
 
 from collections.abc import Callable

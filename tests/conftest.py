@@ -27,7 +27,7 @@ if CACHE not in os.environ:  # what is set here is for workers and other process
 jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
 
 # The same examples on every machine and day; a hundred times as many of them with
-# pytest tests/test_properties.py --hypothesis-profile=slow
+# pytest tests/contract/test_properties.py --hypothesis-profile=slow
 settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True)
 settings.register_profile(
     "slow", parent=settings.get_profile("quick"), max_examples=3000

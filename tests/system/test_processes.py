@@ -1,20 +1,20 @@
 """Processes joined by jax.distributed decide like one with all of the devices."""
 
 import json
-import pathlib
 import socket
 import subprocess
 import sys
 
-import joined_run
 import numpy as np
 import pytest
-from digits_run import ALONE, BURST, batches
+from helpers import joined_run
+from helpers.digits_run import ALONE, BURST, batches
+from helpers.paths import TESTS
 
 from lalerg_optax import Verdict
 
 NUM_PROCESSES = 2
-SCRIPT = pathlib.Path(joined_run.__file__)
+COMMAND = [sys.executable, "-m", joined_run.__name__]
 
 
 def free_port():
@@ -28,10 +28,11 @@ def train_joined(layout):
     port = str(free_port())
     processes = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, str(i), str(NUM_PROCESSES), port, layout],
+            [*COMMAND, str(i), str(NUM_PROCESSES), port, layout],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=TESTS,
         )
         for i in range(NUM_PROCESSES)
     ]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
+from helpers import reference
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
+from helpers import reference
 
 import lalerg_optax as lo
 from lalerg_optax._anchor import look_back

@@ -9,7 +9,15 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from digits_run import ALONE, BURST, SHARDINGS, batches, init_params, make_run, put
+from helpers.digits_run import (
+    ALONE,
+    BURST,
+    SHARDINGS,
+    batches,
+    init_params,
+    make_run,
+    put,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from buffers import shared_buffers
-from digits_run import SHARDINGS
 from flax import serialization
+from helpers.buffers import shared_buffers
+from helpers.digits_run import SHARDINGS
 from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 

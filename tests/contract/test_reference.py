@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from reference import ACCEPT, REVERT
+from helpers import reference
+from helpers.reference import ACCEPT, REVERT
 
 import lalerg_optax as lo
 from lalerg_optax._find import find_states

@@ -6,16 +6,14 @@ A block of Python is a doctest. All blocks of a page share their names, in their
 import doctest
 import inspect
 import io
-import pathlib
 import re
 import runpy
 
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers.paths import DOCS, ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
-DOCS = ROOT / "docs"
 QUOTES = runpy.run_path(ROOT / "benchmarks" / "quotes.py")
 PAGES = sorted(DOCS.glob("*.md"))
 PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]

@@ -10,8 +10,8 @@ import optax
 import pytest
 from flax import linen, nnx
 from flax.training import train_state
+from helpers.spies import spy
 from sklearn.datasets import load_digits
-from spies import spy
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict

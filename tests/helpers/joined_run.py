@@ -1,6 +1,7 @@
 """One of several processes that train together: its number, how many, port, layout.
 
-Started by test_processes.py. Prints what it was told, as JSON.
+Started by `test_processes.py`, with ``-m helpers.joined_run``. Prints what it was told,
+as JSON.
 """
 
 import hashlib
@@ -18,9 +19,9 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
-from digits_run import BATCH, batches, train_sharded
 
 import lalerg_optax as lo
+from helpers.digits_run import BATCH, batches, train_sharded
 
 
 def digest(tree):

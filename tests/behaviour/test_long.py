@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
+from helpers import reference
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict

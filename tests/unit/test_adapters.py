@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from digits_run import ALONE, BURST, batches, init_params, loss_fn
 from flax.training import train_state
-from spies import spy
+from helpers.digits_run import ALONE, BURST, batches, init_params, loss_fn
+from helpers.spies import spy
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from digits_run import (
+from flax import nnx, serialization
+from helpers.compiled import SIDE, compiled_step, make_params, num_copies
+from helpers.digits_run import (
     ALONE,
     BURST,
     batches,
@@ -19,9 +21,7 @@ from digits_run import (
     put,
     train_sharded,
 )
-from flax import nnx, serialization
 from jax.sharding import PartitionSpec
-from test_cost import SIDE, compiled_step, make_params, num_copies
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict, _act, _regulate

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from spies import spy
+from helpers.spies import spy
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict

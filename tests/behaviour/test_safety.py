@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import square_run
+from helpers import square_run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

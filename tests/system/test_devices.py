@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from digits_run import (
+from helpers.digits_run import (
     ALONE,
     BATCH,
     BURST,

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.compiled import SIDE, compiled_step, make_params, num_copies
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lalerg_optax as lo
 from lalerg_optax._anchor import copy_params, look_back
 from lalerg_optax._sums import global_norm
 
-SIDE, NUM_LEAVES = 512, 4
+NUM_LEAVES = 4
 NUM_PARAMS = SIDE * SIDE * NUM_LEAVES
 
 # name: optimizer, the same without protection, dtype of the params
@@ -54,28 +55,9 @@ STEPS = {
 }
 
 
-def compiled_step(tx, params):
-    tx = optax.with_extra_args_support(tx)
-
-    def step(params, state, grads, value):
-        updates, state = tx.update(grads, state, params, value=value)
-        return optax.apply_updates(params, updates), state
-
-    args = (params, jax.jit(tx.init)(params), params, jnp.float32(1.0))
-    return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
-
-
-def make_params(dtype="float32", num_leaves=NUM_LEAVES):
-    return {f"w{i}": jnp.ones((SIDE, SIDE), dtype) for i in range(num_leaves)}
-
-
 def temporaries(compiled):
     """Returns bytes a parameter."""
     return compiled.memory_analysis().temp_size_in_bytes / NUM_PARAMS
-
-
-def num_copies(compiled):
-    return len(re.findall(rf"\[{SIDE},{SIDE}\]\S* copy\(", compiled.as_text()))
 
 
 @pytest.mark.parametrize(("tx", "bare", "dtype"), STEPS.values(), ids=STEPS.keys())

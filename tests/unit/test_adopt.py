@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from buffers import shared_buffers
-from digits_run import SHARDINGS, batches, init_params, loss_fn, make_mesh, put
+from helpers.buffers import shared_buffers
+from helpers.digits_run import SHARDINGS, batches, init_params, loss_fn, make_mesh, put
 from optax.contrib import schedule_free_adamw
 
 import lalerg_optax as lo

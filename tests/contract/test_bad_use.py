@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from square_run import run
+from helpers.square_run import run
 
 import lalerg_optax as lo
 

@@ -5,8 +5,6 @@ measures more of them.
 """
 
 import functools
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.benchmarks import benchmark
 from optax import contrib
 from sklearn.datasets import load_digits
 
 import lalerg_optax as lo
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-recipes = pytest.importorskip("recipes", reason="needs the benchmarks beside it")
+recipes = benchmark("recipes")
 METHODS, BARE, REGULATED, SECOND = (
     getattr(recipes, name) for name in ("METHODS", "BARE", "REGULATED", "SECOND")
 )

@@ -2,13 +2,13 @@
 
 import functools
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.benchmarks import benchmark
 from sklearn.datasets import load_digits
 
 import lalerg_optax as lo
@@ -263,10 +263,9 @@ REAL_TASKS = (
 
 
 @pytest.fixture
-def measure_task(monkeypatch):
+def measure_task():
     """Runs AdamW under the regulator, at rates up to the tuned one, three seeds."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    alarms = pytest.importorskip("alarms", reason="needs the benchmarks beside it")
+    alarms = benchmark("alarms")
     decades = alarms.Decades(alarms.RESULTS / "decades.json")
     decades.load()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from spies import spy
+from helpers.spies import spy
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict

@@ -9,7 +9,6 @@ import functools
 import http.server
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -17,8 +16,8 @@ import threading
 import urllib.parse
 
 import pytest
+from helpers.paths import DOCS
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = [page.stem for page in sorted(DOCS.glob("*.md"))] + ["api", "results/noise"]
 WIDTHS = (390, 1280)  # CSS pixels: a telephone and a screen
 

@@ -1,0 +1,1 @@
+"""What tests share: ways to train, spies, and a reference to compare with."""
