@@ -12,6 +12,11 @@ import tempfile
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Most programs are small, and far more time goes into compiling than into running them.
+# What LLVM makes of them is left as it is; HLO, buffers and collectives are the same.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = os.environ.get(
+    "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
+)
 
 import jax
 import pytest
@@ -19,6 +24,7 @@ from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+IS_QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 if CACHE not in os.environ:  # what is set here is for workers and other processes
     os.environ[CACHE] = tempfile.mkdtemp()
@@ -33,6 +39,12 @@ settings.register_profile(
     "slow", parent=settings.get_profile("quick"), max_examples=3000
 )
 settings.load_profile("quick")
+
+
+def pytest_runtest_setup(item):
+    is_quick = IS_QUICK and item.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", is_quick)
+
 
 CLIENTS = pathlib.Path(__file__).parent / "clients"
 

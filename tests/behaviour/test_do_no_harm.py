@@ -68,8 +68,7 @@ def trainer(tx, num_steps, extra_args_of=None):
         params = optax.apply_updates(params, updates)
         return (params, state), (params, loss)
 
-    # The programs are small and many: most of the time would go into compiling them.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def scanned(params, factors):
         inputs = (minibatches(num_steps), *factors)
         carry = params, tx.init(params)

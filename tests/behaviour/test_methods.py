@@ -112,8 +112,7 @@ def trainer(task_of, name, form, rate):
         updates, state = tx.update(grads, state, params, value=loss)
         return (recipes.applied(form, params, updates, state), state), None
 
-    # The programs are small and many: most of the time would go into compiling them.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def run(params, *steps):
         params = method.begin(params)
         (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), steps)
