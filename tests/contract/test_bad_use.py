@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.square_run import run
+from helpers.drive import descend
 
 import lalerg_optax as lo
 
@@ -222,10 +222,10 @@ def test_an_inner_that_is_no_transformation_is_a_type_error(bad):
 def test_a_search_that_is_switched_off_in_mid_run_forgets_its_rate():
     on, off = lo.lalerg(1e-4), lo.lalerg(1e-4, search=False)
     params = jnp.array([3.0, -2.0])
-    params, state = run(on, params, on.init(params), 60)
+    params, state = descend(on, params, 60)
     assert lo.metrics(state)["macro_rate"] > 2.0
     before = params
-    params, state = run(off, params, state, 1)
+    params, state = descend(off, params, 1, state)
     report = lo.metrics(state)
     assert report["macro_rate"] == 1.0
     assert not report["is_searching"]
@@ -236,11 +236,11 @@ def test_a_search_that_is_switched_off_in_mid_run_forgets_its_rate():
 def test_a_search_that_is_switched_on_in_mid_run_begins():
     on, off = lo.lalerg(1e-5), lo.lalerg(1e-5, search=False)
     params = jnp.array([3.0, -2.0])
-    params, state = run(off, params, off.init(params), 60)
+    params, state = descend(off, params, 60)
     assert lo.metrics(state)["macro_rate"] == 1.0
-    params, state = run(on, params, state, 10)
+    params, state = descend(on, params, 10, state)
     assert lo.metrics(state)["is_searching"]
-    params, state = run(on, params, state, 300)
+    params, state = descend(on, params, 300, state)
     assert lo.metrics(state)["macro_rate"] > 1e3
     assert jnp.sum(params**2) < 0.1
 

@@ -9,28 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from helpers.spies import spy
+from helpers import drive
+from helpers.forms import flat
+from helpers.judged import NAMES
+from helpers.trees import TREES, like, types
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
-
-
-def flat_form(learning_rate=0.01, search=True):
-    return optax.chain(
-        lo.scale_by_micro_rate(),
-        lo.scale_by_macro_rate(search=search),
-        optax.scale_by_learning_rate(learning_rate),
-        lo.error_regulate(),
-    )
-
 
 FORMS = {
     "lalerg": lambda: lo.lalerg(0.01),
     "lalerg-clip": lambda: lo.lalerg(0.01, clip_norm=1, weight_decay=0),
     "lalerg-lion": lambda: lo.lalerg(0.01, micro=optax.scale_by_lion(), search=False),
     "regulated-adam": lambda: lo.error_regulate(optax.adam(0.01)),
-    "flat-form": flat_form,
+    "flat-form": flat,
     "flat-regulator": lambda: optax.chain(optax.sgd(0.01), lo.error_regulate()),
     "micro-level": lambda: lo.scale_by_micro_rate(b1=0, b2=0),
     "macro-level": lambda: lo.scale_by_macro_rate(),
@@ -38,57 +30,23 @@ FORMS = {
 CONVERGING = {
     "lalerg": lambda: lo.lalerg(0.01),
     "regulated-adam": lambda: lo.error_regulate(optax.adam(0.01)),
-    "flat-form": lambda: flat_form(search=False),
+    "flat-form": lambda: flat(search=False),
 }
 all_forms = pytest.mark.parametrize("form", FORMS)
 
-TREES = {
-    "float32": {"w": jnp.ones((3, 2)), "b": jnp.ones(2)},
-    "bfloat16": {"w": jnp.ones((3, 2), jnp.bfloat16)},
-    "float16": {"w": jnp.ones((3, 2), jnp.float16)},
-    "mixed": [
-        jnp.ones(3, jnp.bfloat16),
-        jnp.ones(2, jnp.float32),
-        (jnp.ones((), jnp.float16), jnp.ones(2, jnp.complex64)),
-    ],
-    "complex64": jnp.ones(3, jnp.complex64) * (1 + 2j),
-    "empty dict": {},
-    "empty leaf": {"w": jnp.ones((0, 3)), "b": jnp.ones(2)},
-    "scalar": jnp.asarray(2.0, jnp.float32),
-    "None leaf": {"w": jnp.ones(3), "frozen": None},
-}
 all_trees = pytest.mark.parametrize("tree", TREES)
-
-
-def like(params, value):
-    return jax.tree.map(lambda p: jnp.full(p.shape, value, p.dtype), params)
-
-
-def types(tree):
-    """Returns the shape, dtype and weak type of every leaf."""
-    return jax.tree.map(
-        lambda x: (jnp.shape(x), x.dtype, jax.typeof(x).weak_type), tree
-    )
 
 
 def square_loss(params, target=0.0):
     return 0.5 * sum(jnp.sum(jnp.square(p - target)) for p in jax.tree.leaves(params))
 
 
-def train(tx, params, num_steps=100, loss_fn=square_loss, **kwargs):
-    """Returns params and state after a run under scan."""
-
-    def step(carry, _):
-        params, state = carry
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, state = tx.update(grads, state, params, value=loss, **kwargs)
-        return (optax.apply_updates(params, updates), state), loss
-
-    carry = (params, tx.init(params))
-    (params, state), losses = jax.jit(
-        lambda carry: jax.lax.scan(step, carry, length=num_steps)
-    )(carry)
-    return params, state, losses
+def train(tx, params, num_steps=100, loss_fn=square_loss):
+    """Returns params, state and losses of a run."""
+    task = drive.Task(params, lambda p, _: loss_fn(p), jnp.zeros(num_steps))
+    return drive.train(
+        tx, task, see=lambda step: step.value, apply_updates=drive.plainly
+    )
 
 
 # ---- extra arguments ----------------------------------------------------------------
@@ -103,91 +61,13 @@ def test_unknown_extra_args_are_ignored(form):
     chex.assert_trees_all_equal(with_extra_args, jax.jit(update)())
 
 
-def test_extra_args_reach_the_wrapped_transformation():
-    seen, params = [], jnp.ones(2)
-    tx = lo.error_regulate(optax.chain(optax.identity(), spy(seen)))
-    tx.update(params, tx.init(params), params, value=3.0, key="for the inner one")
-    assert seen[0]["key"] == "for the inner one"
-    assert seen[0]["value"] == 3.0
-    assert seen[0]["verdict"] == Verdict.ACCEPT
-
-
-def test_extra_args_of_an_outer_regulator_do_not_leak():
-    seen, params = [], jnp.ones(2)
-    tx = lo.error_regulate(
-        optax.chain(spy(seen), lo.error_regulate(spy(seen))), audit=True
-    )
-    tx.update(params, tx.init(params), params, value=jnp.nan)
-    outside, inside = seen
-    assert outside["verdict"] == Verdict.SKIP
-    assert outside["audit"] is not None
-    # the inner regulator sees a zero gradient and a loss that is usable
-    assert inside["verdict"] == Verdict.ACCEPT
-    assert inside["audit"] is None
-
-
 def test_a_line_searchs_function_beside_the_loss_changes_nothing_for_other_links():
     tx, params = FORMS["lalerg"](), TREES["float32"]
+    searched = functools.partial(tx.update, grad=params, value_fn=square_loss)
     alone, _, _ = train(tx, params)
-    beside, state, _ = train(tx, params, grad=params, value_fn=square_loss)
+    beside, state, _ = train(tx._replace(update=searched), params)
     assert lo.metrics(state)["num_audits_passed"] > 0
     chex.assert_trees_all_equal(beside, alone)
-
-
-@pytest.mark.parametrize(
-    ("value_fn", "extra"),
-    [
-        (square_loss, {"target": 3.0}),
-        (lambda params, **kwargs: square_loss(params, **kwargs), {}),
-        (functools.partial(square_loss, target=2.0), {}),
-        (lambda params, verdict=None: square_loss(params), {}),
-    ],
-    ids=["by name", "all keywords", "partial", "a name of ours"],
-)
-def test_a_line_search_gets_what_its_function_takes(value_fn, extra):
-    params = TREES["float32"]
-    search = optax.scale_by_backtracking_linesearch(15)
-    results = []
-    for tx in (search, lo.error_regulate(search)):
-        tx = optax.chain(optax.sgd(1.0), tx)
-        loss, grads = jax.value_and_grad(value_fn)(params, **extra)
-        updates, _ = tx.update(
-            grads,
-            tx.init(params),
-            params,
-            value=loss,
-            grad=grads,
-            value_fn=value_fn,
-            **extra,
-        )
-        results.append(updates)
-    chex.assert_trees_all_close(*results)
-    assert np.any(results[0]["w"] != 0)
-
-
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_a_line_search_sees_no_more_of_a_gradient_than_other_links(bad):
-    seen, params = [], jnp.array([3.0, 4.0])
-    tx = lo.error_regulate(spy(seen), clip_norm=1.0)
-    state = tx.init(params)
-    for grads in (params, bad * params):
-        _, state = tx.update(grads, state, params, value=1.0, grad=grads)
-    np.testing.assert_allclose(seen[0]["grad"], [0.6, 0.8], rtol=1e-6)
-    np.testing.assert_array_equal(seen[1]["grad"], 0.0)
-
-
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-def test_a_scalar_of_the_inner_state_that_would_not_be_finite_keeps_its_value(bad):
-    def update(updates, state, params=None):
-        del params
-        return updates, {"estimate": state["estimate"] * bad, "count": state["count"]}
-
-    inner = optax.GradientTransformation(
-        lambda _: {"estimate": jnp.float32(2.5), "count": jnp.int32(3)}, update
-    )
-    tx, params = lo.error_regulate(inner), jnp.ones(2)
-    _, state = tx.update(params, tx.init(params), params, value=1.0)
-    assert state.inner_state == {"estimate": 2.5, "count": 3}
 
 
 @pytest.mark.parametrize("form", ["lalerg", "regulated-adam"])
@@ -343,15 +223,11 @@ TARGET = jnp.array([1 - 2j, -3 + 0.5j], jnp.complex64)
 def test_complex_params_converge(form):
     tx, params = CONVERGING[form](), jnp.zeros(2, jnp.complex64)
 
-    def step(carry, _):
-        params, state = carry
-        loss, grads = jax.value_and_grad(
-            lambda p: jnp.sum(jnp.abs(p - TARGET) ** 2, initial=1e-6)
-        )(params)
-        updates, state = tx.update(grads.conj(), state, params, value=loss)
-        return (optax.apply_updates(params, updates), state), None
+    def loss_fn(p):
+        return jnp.sum(jnp.abs(p - TARGET) ** 2, initial=1e-6)
 
-    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=1500)
+    downhill = optax.stateless(lambda grads, _: grads.conj())
+    params, *_ = train(optax.chain(downhill, tx), params, 1500, loss_fn)
     np.testing.assert_allclose(params, TARGET, atol=2e-2)
 
 
@@ -603,79 +479,9 @@ def test_chained_with_anything_the_loss_falls(chain):
     assert lo.metrics(state)["num_accepted"] >= 150
 
 
-# ---- metrics ------------------------------------------------------------------------
-
-NAMES = {
-    *("verdict", "scaled_error", "macro_rate", "damping", "num_accepted"),
-    *("num_skipped", "num_reverted", "num_bounded", "avg_value", "grad_norm"),
-}
-
-
 @pytest.mark.parametrize("chain", CHAINS)
 def test_metrics_find_their_states_at_any_depth(chain):
     tx, params = CHAINS[chain](lo.lalerg(0.01)), {"w": jnp.array([2.0, -1.0])}
     report = lo.metrics(tx.init(params))
     assert set(report) >= NAMES
     chex.assert_shape(list(report.values()), ())
-
-
-def test_metrics_inside_jit_equal_those_outside():
-    tx, params = lo.lalerg(0.01), jnp.ones(2)
-
-    @jax.jit
-    def step(state):
-        _, state = tx.update(params, state, params, value=1.0)
-        return state, lo.metrics(state)
-
-    state, report = step(tx.init(params))
-    chex.assert_trees_all_equal(report, lo.metrics(state))
-    assert report["num_accepted"] == 1
-    assert report["avg_value"] == 1.0
-    np.testing.assert_allclose(report["grad_norm"], 2**0.5, rtol=1e-6)
-
-
-def test_metrics_of_an_nnx_optimizer_are_scalar_arrays():
-    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, lo.lalerg(0.01), wrt=nnx.Param)
-    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 3)))))(model)
-    optimizer.update(model, grads, value=jnp.asarray(2.5))
-    report = lo.metrics(optimizer.opt_state)
-    assert set(report) >= NAMES
-    assert report["num_accepted"] == 1
-    assert report["avg_value"] == 2.5
-    assert all(isinstance(x, jax.Array) for x in report.values())
-
-
-def test_metrics_of_a_level_that_stands_alone_tell_its_part():
-    params = jnp.ones(2)
-    assert set(lo.metrics(lo.scale_by_micro_rate().init(params))) == {
-        "macro_rate",
-        "num_micro_held",
-    }
-    assert set(lo.metrics(lo.scale_by_macro_rate().init(params))) == {
-        "macro_rate",
-        "is_searching",
-        "num_macro_held",
-    }
-
-
-@pytest.mark.parametrize("state", [optax.adam(0.1).init(jnp.ones(2)), (), None, {}])
-def test_metrics_of_a_state_without_our_parts_are_a_value_error(state):
-    with pytest.raises(ValueError, match="no state of error_regulate"):
-        lo.metrics(state)
-
-
-@pytest.mark.parametrize("clip_norm", [0.5, 1e3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_gradient_of_any_dtype_is_scaled_down_to_the_limit_or_not_at_all(
-    dtype, clip_norm
-):
-    grads = jnp.asarray(np.random.default_rng(0).standard_normal(300), dtype)
-    tx = lo.error_regulate(optax.identity(), clip_norm=clip_norm)
-    updates, _ = tx.update(grads, tx.init(grads), grads, value=1.0)
-    assert updates.dtype == grads.dtype
-    norm = float(jnp.linalg.norm(updates.astype(jnp.float32)))
-    if clip_norm > 100.0:
-        np.testing.assert_array_equal(updates, grads)
-    else:
-        assert 0.99 * clip_norm < norm < 1.001 * clip_norm

@@ -8,11 +8,10 @@ import numpy as np
 import optax
 import pytest
 from helpers.compiled import SIDE, compiled_step, make_params, num_copies
-from jax.sharding import NamedSharding, PartitionSpec
+from helpers.digits_run import SHARDINGS
+from jax.sharding import NamedSharding
 
 import lalerg_optax as lo
-from lalerg_optax._anchor import copy_params, look_back
-from lalerg_optax._sums import global_norm
 
 NUM_LEAVES = 4
 NUM_PARAMS = SIDE * SIDE * NUM_LEAVES
@@ -138,11 +137,7 @@ COLLECTIVE = re.compile(
     r"= (\([^)]*\)|\S+) (all-reduce|all-gather|all-to-all|reduce-scatter|"
     r"collective-permute)(?:-start)?\("
 )
-SPECS = {
-    "data parallel": (PartitionSpec(), PartitionSpec()),
-    "fully sharded": (PartitionSpec("d"), PartitionSpec("d")),
-    "tensor sharded": (PartitionSpec(None, "d"), PartitionSpec("d", None)),
-}
+SPECS = {name: tuple(specs.values()) for name, specs in SHARDINGS.items()}
 
 
 def collectives(tx, specs):
@@ -172,123 +167,3 @@ def test_only_a_reduction_of_scalars_is_communicated(specs, search):
         assert not found
     else:  # one for the norm, one for the look back, which is rare
         assert len(found) == 1 + search
-
-
-@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
-def test_anchor_and_moments_are_sharded_as_their_parameters(specs):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    params = {
-        f"w{i}": jax.device_put(jnp.ones((SIDE, SIDE)), NamedSharding(mesh, spec))
-        for i, spec in enumerate(specs)
-    }
-    tx = lo.lalerg()
-    _, state = jax.jit(tx.update)(
-        params, jax.jit(tx.init)(params), params, value=jnp.float32(1.0)
-    )
-    for tree in (state.anchor, state.inner_state[0].mu, state.inner_state[0].nu):
-        for name, leaf in tree.items():
-            assert leaf.sharding.is_equivalent_to(params[name].sharding, 2)
-
-
-MEMORIES = ["device", "pinned_host"]
-
-
-@pytest.mark.parametrize(
-    "specs",
-    [
-        pytest.param(
-            specs, id=name, marks=[] if name == "fully sharded" else pytest.mark.slow
-        )
-        for name, specs in SPECS.items()
-    ],
-)
-def test_anchor_in_host_memory_is_that_on_the_device_step_by_step(specs):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    rng = np.random.default_rng(0)
-    xs = rng.standard_normal((60, 16)).astype(np.float32)
-    xs[40:43] *= 1e6  # bounded once, then reverted
-    ends = []
-    for memory in MEMORIES:
-        tx = lo.lalerg(1e-3, anchor_memory=memory)
-        params = {
-            f"w{i}": jax.device_put(
-                jnp.linspace(-1.0, 1.0, 256).reshape(16, 16), NamedSharding(mesh, spec)
-            )
-            for i, spec in enumerate(specs)
-        }
-        state = jax.jit(tx.init)(params)
-
-        @jax.jit
-        def step(params, state, x, tx=tx):
-            def loss_fn(p):
-                return jnp.mean(jnp.square(p["w1"] @ (p["w0"] @ x)))
-
-            loss, grads = jax.value_and_grad(loss_fn)(params)
-            updates, state = tx.update(grads, state, params, value=loss)
-            return lo.apply_updates(params, updates, state), state
-
-        verdicts = []
-        for x in xs:
-            params, state = step(params, state, x)
-            verdicts.append(int(state.verdict))
-            kinds = {a.sharding.memory_kind for a in jax.tree.leaves(state.anchor)}
-            assert kinds == {memory}
-        assert verdicts[40:43] == [3, 2, 2]
-        ends.append((verdicts, jax.tree.map(np.asarray, params)))
-    assert ends[0][0] == ends[1][0]
-    jax.tree.map(np.testing.assert_array_equal, ends[0][1], ends[1][1])
-
-
-@pytest.mark.parametrize("length", [1e-7, 1e-6, 1e-5, 1e-3])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_look_back_at_a_narrow_anchor_tells_up_from_down(length, sign):
-    """Steps of less than its resolution are lost in what rounding did to the anchor."""
-    rng = np.random.default_rng(2)
-    start, grads = (
-        {"w": jnp.asarray(rng.standard_normal((1000, 1000)), jnp.float32)}
-        for _ in range(2)
-    )
-    params = jax.tree.map(lambda p, g: p - sign * length * g, start, grads)
-    anchor = copy_params(start, "bfloat16")
-    is_seen, alignment, _ = look_back(grads, global_norm(grads), anchor, params)
-    assert is_seen
-    assert sign * alignment > 3e-3, "three times what chance would give"
-
-
-@pytest.mark.parametrize(
-    "learning_rate",
-    [
-        1e-6,
-        pytest.param(1e-2, marks=pytest.mark.slow),
-        pytest.param(10.0, marks=pytest.mark.slow),
-    ],
-)
-def test_search_finds_its_rate_with_a_narrow_anchor_too(learning_rate):
-    """Its steps begin far below the resolution of bfloat16."""
-    rng = np.random.default_rng(1)
-    inputs = jnp.asarray(rng.standard_normal((256, 32)), jnp.float32)
-    targets = jnp.tanh(inputs @ jnp.asarray(rng.standard_normal((32, 4)), jnp.float32))
-
-    def final_loss(anchor_dtype):
-        tx = lo.lalerg(learning_rate, anchor_dtype=anchor_dtype)
-
-        def loss_fn(params, batch):
-            hidden = jnp.tanh(inputs[batch] @ params["in"])
-            return jnp.mean(jnp.square(hidden @ params["out"] - targets[batch]))
-
-        def step(carry, batch):
-            params, state = carry
-            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-            updates, state = tx.update(grads, state, params, value=loss)
-            return (lo.apply_updates(params, updates, state), state), loss
-
-        params = {
-            "in": 0.2 * rng.standard_normal((32, 64)).astype(np.float32),
-            "out": 0.1 * rng.standard_normal((64, 4)).astype(np.float32),
-        }
-        batches = rng.integers(0, 256, (600, 32))
-        _, losses = jax.lax.scan(step, (params, tx.init(params)), batches)
-        return losses[-20:].mean() / losses[0]
-
-    assert final_loss("bfloat16") < 0.15
-    assert final_loss(None) < 0.15

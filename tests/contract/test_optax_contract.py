@@ -17,6 +17,7 @@ import optax
 import optax.contrib
 import pytest
 from absl.testing import parameterized
+from helpers.forms import flat
 
 import lalerg_optax as lo
 
@@ -76,15 +77,6 @@ def macro_level(learning_rate: optax.ScalarOrSchedule):
     )
 
 
-def flat_form(learning_rate: optax.ScalarOrSchedule):
-    return optax.chain(
-        lo.scale_by_micro_rate(),
-        lo.scale_by_macro_rate(),
-        optax.scale_by_learning_rate(learning_rate),
-        lo.error_regulate(),
-    )
-
-
 class TestLalerg(contract_tests(lo.lalerg, {"learning_rate": 1e-2})):
     pass
 
@@ -101,7 +93,7 @@ class TestErrorRegulate(
 
 
 @pytest.mark.slow
-class TestFlatForm(contract_tests(flat_form, {"learning_rate": 1e-2})):
+class TestFlatForm(contract_tests(flat, {"learning_rate": 1e-2})):
     pass
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import reference
+from helpers.forms import flat
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
@@ -38,13 +39,7 @@ NESTED = {
     "lalerg without search": lo.lalerg(1e-2, search=False),
     "momentum": lo.error_regulate(optax.sgd(1.0, momentum=0.9), patience=5),
 }
-FLAT = optax.chain(
-    lo.scale_by_micro_rate(),
-    lo.scale_by_macro_rate(audit_every=4),
-    optax.scale_by_learning_rate(1e-2),
-    lo.error_regulate(),
-)
-FORMS = NESTED | {"flat": FLAT}
+FORMS = NESTED | {"flat": flat(audit_every=4)}
 SEARCHING = ("lalerg", "lalerg, far too bold")
 
 

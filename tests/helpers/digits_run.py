@@ -79,6 +79,18 @@ def make_run(tx, axis_name=None, reduce_grads=None, loss_fn=loss_fn):
     return run
 
 
+@functools.cache
+def jitted_run(tx, loss_fn=loss_fn):
+    """Returns `make_run`, compiled once for the same optimizer."""
+    return jax.jit(make_run(tx, loss_fn=loss_fn))
+
+
+def run_digits(tx, data=None, params=None):
+    """Returns params, state and what was told of a run on one device."""
+    params = init_params() if params is None else params
+    return jitted_run(tx)(params, tx.init(params), data or batches())
+
+
 def make_mesh():
     return jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 

@@ -1,5 +1,6 @@
-"""A transformation that writes down what it is handed."""
+"""Transformations that keep what they are handed."""
 
+import jax.numpy as jnp
 import optax
 
 
@@ -12,3 +13,16 @@ def spy(seen):
         return updates, state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def keeps(*names):
+    """Returns one whose state is what it was handed last under these names."""
+
+    def update(updates, state, params=None, **extra_args):
+        del state, params
+        told = {name: jnp.float32(extra_args[name]) for name in names}
+        return updates, told
+
+    return optax.GradientTransformationExtraArgs(
+        lambda _: dict.fromkeys(names, jnp.zeros(())), update
+    )

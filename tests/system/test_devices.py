@@ -7,6 +7,7 @@ How near is near: 1e-4 relative. Measured are 5e-6 over 100 steps, with the sear
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -21,6 +22,7 @@ from helpers.digits_run import (
     make_mesh,
     make_run,
     put,
+    run_digits,
     train_sharded,
 )
 from jax.sharding import NamedSharding
@@ -41,9 +43,7 @@ REPLICATED = P()
 @functools.cache
 def one_device(name):
     """Returns params, state and what was told on one device."""
-    tx = OPTIMIZERS[name]()
-    params = init_params()
-    return jax.jit(make_run(tx))(params, tx.init(params), batches())
+    return run_digits(OPTIMIZERS[name]())
 
 
 def assert_same_run(run, name, rtol=RTOL):
@@ -169,3 +169,53 @@ def test_a_sharded_run_lowers_for_hardware_that_is_not_here(platform):
     assert exported.platforms == (platform,)
     assert exported.nr_devices == 8
     assert '[{}, {"d"}]' in exported.mlir_module()  # how "hidden" is sharded
+
+
+SPECS = {name: tuple(specs.values()) for name, specs in SHARDINGS.items()}
+MEMORIES = ["device", "pinned_host"]
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        pytest.param(
+            specs, id=name, marks=[] if name == "fully sharded" else pytest.mark.slow
+        )
+        for name, specs in SPECS.items()
+    ],
+)
+def test_anchor_in_host_memory_is_that_on_the_device_step_by_step(specs):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    xs = rng.standard_normal((60, 16)).astype(np.float32)
+    xs[40:43] *= 1e6  # bounded once, then reverted
+    ends = []
+    for memory in MEMORIES:
+        tx = lo.lalerg(1e-3, anchor_memory=memory)
+        params = {
+            f"w{i}": jax.device_put(
+                jnp.linspace(-1.0, 1.0, 256).reshape(16, 16), NamedSharding(mesh, spec)
+            )
+            for i, spec in enumerate(specs)
+        }
+        state = jax.jit(tx.init)(params)
+
+        @jax.jit
+        def step(params, state, x, tx=tx):
+            def loss_fn(p):
+                return jnp.mean(jnp.square(p["w1"] @ (p["w0"] @ x)))
+
+            loss, grads = jax.value_and_grad(loss_fn)(params)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return lo.apply_updates(params, updates, state), state
+
+        verdicts = []
+        for x in xs:
+            params, state = step(params, state, x)
+            verdicts.append(int(state.verdict))
+            kinds = {a.sharding.memory_kind for a in jax.tree.leaves(state.anchor)}
+            assert kinds == {memory}
+        assert verdicts[40:43] == [3, 2, 2]
+        ends.append((verdicts, jax.tree.map(np.asarray, params)))
+    assert ends[0][0] == ends[1][0]
+    jax.tree.map(np.testing.assert_array_equal, ends[0][1], ends[1][1])
