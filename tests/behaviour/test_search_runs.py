@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.drive import Task, descend, square, train
+from helpers.drive import Task, descend, square, train, values
 from helpers.judged import REVERT
 
 import lalerg_optax as lo
@@ -123,25 +123,18 @@ def test_search_finds_its_rate_with_a_narrow_anchor_too(learning_rate):
     inputs = jnp.asarray(rng.standard_normal((256, 32)), jnp.float32)
     targets = jnp.tanh(inputs @ jnp.asarray(rng.standard_normal((32, 4)), jnp.float32))
 
+    def loss_fn(params, batch):
+        hidden = jnp.tanh(inputs[batch] @ params["in"])
+        return jnp.mean(jnp.square(hidden @ params["out"] - targets[batch]))
+
     def final_loss(anchor_dtype):
         tx = lo.lalerg(learning_rate, anchor_dtype=anchor_dtype)
-
-        def loss_fn(params, batch):
-            hidden = jnp.tanh(inputs[batch] @ params["in"])
-            return jnp.mean(jnp.square(hidden @ params["out"] - targets[batch]))
-
-        def step(carry, batch):
-            params, state = carry
-            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-            updates, state = tx.update(grads, state, params, value=loss)
-            return (lo.apply_updates(params, updates, state), state), loss
-
         params = {
             "in": 0.2 * rng.standard_normal((32, 64)).astype(np.float32),
             "out": 0.1 * rng.standard_normal((64, 4)).astype(np.float32),
         }
         batches = rng.integers(0, 256, (600, 32))
-        _, losses = jax.lax.scan(step, (params, tx.init(params)), batches)
+        *_, losses = train(tx, Task(params, loss_fn, batches), see=values)
         return losses[-20:].mean() / losses[0]
 
     assert final_loss("bfloat16") < 0.15

@@ -44,9 +44,7 @@ def square_loss(params, target=0.0):
 def train(tx, params, num_steps=100, loss_fn=square_loss):
     """Returns params, state and losses of a run."""
     task = drive.Task(params, lambda p, _: loss_fn(p), jnp.zeros(num_steps))
-    return drive.train(
-        tx, task, see=lambda step: step.value, apply_updates=drive.plainly
-    )
+    return drive.train(tx, task, see=drive.values, apply_updates=drive.plainly)
 
 
 # ---- extra arguments ----------------------------------------------------------------

@@ -38,6 +38,10 @@ def everything(step):
     return step
 
 
+def values(step):
+    return step.value
+
+
 def updates_of(step):
     return step.updates
 
@@ -52,10 +56,6 @@ def stay(params, updates, state):
     """Applies nothing."""
     del updates, state
     return params
-
-
-def reports(step):
-    return lo.metrics(step.state)
 
 
 @functools.lru_cache(256)

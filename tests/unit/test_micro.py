@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.drive import runner
 from helpers.moments import NUM_STEPS, SUM, all_updates, assert_close, gradients
 
 import lalerg_optax as lo
@@ -176,20 +177,19 @@ def noisy_square(tx, num_steps=80, bad=(30, 50, 51, 52)):
     factor = np.ones(num_steps, np.float32)
     factor[list(bad)] = [np.nan, np.nan, np.nan, 1e6]
 
-    def step(carry, batch):
-        params, state = carry
+    def signals_of(params, batch):
         shift, factor = batch
         loss, grads = jax.value_and_grad(lambda p: jnp.mean((p - shift) ** 2))(params)
-        updates, state = tx.update(factor * grads, state, params, value=loss)
-        params = lo.apply_updates(params, updates, state)
-        told = (loss, state.verdict, optax.tree.get(state, "micro_count"))
-        return (params, state), told
+        return loss, factor * grads
+
+    def told(step):
+        count = optax.tree.get(step.state, "micro_count")
+        return step.value, step.state.verdict, count
 
     start = jnp.linspace(-1.0, 1.0, 6)
-    carry = (start, tx.init(start))
-    run = jax.jit(lambda c: jax.lax.scan(step, c, (shift, jnp.asarray(factor))))
-    (params, state), told = run(carry)
-    return params, state, told
+    run = runner(tx, signals_of, told)
+    (params, state), seen = run((start, tx.init(start)), (shift, jnp.asarray(factor)))
+    return params, state, seen
 
 
 @pytest.mark.parametrize("learning_rate", [0.1, 1e4], ids=["good", "too high"])
