@@ -98,11 +98,17 @@ def assert_nothing_objected(state, num_steps):
 ADAM = {"b2": 0.999, "gradient_share": 0.0, "search": False}
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 100, 1000)
+
+
 @pytest.mark.parametrize(
-    "learning_rate",
-    [1e-3, optax.warmup_cosine_decay_schedule(0.0, 3e-3, 100, 1000)],
-    ids=["constant", "schedule"],
+    ("learning_rate", "weight_decay"),
+    [
+        pytest.param(1e-3, 0.0, id="constant-0.0"),
+        pytest.param(1e-3, 0.1, id="constant-0.1", marks=pytest.mark.slow),
+        pytest.param(SCHEDULE, 0.0, id="schedule-0.0", marks=pytest.mark.slow),
+        pytest.param(SCHEDULE, 0.1, id="schedule-0.1"),
+    ],
 )
 def test_lalerg_without_search_follows_adamw(learning_rate, weight_decay):
     plain, _, losses = run(optax.adamw(learning_rate, weight_decay=weight_decay), 1000)

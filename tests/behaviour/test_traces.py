@@ -1,5 +1,7 @@
 """Real loss spikes, replayed: what would have been done about them, and when."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,13 +57,16 @@ def replay(losses, norms):
     return jax.lax.scan(step, (params, tx.init(params)), (losses, norms))[1]
 
 
+@functools.cache
 def replay_all(quiet_norm, norm_noise, seed=0):
-    """Replays the spike at every distance from the last anchor."""
+    """Replays the spike at every distance from the last anchor; start and reports."""
     phases = range(NUM_PHASES)
     traces = [trace(quiet_norm, norm_noise, seed, phase) for phase in phases]
     report = jax.tree.map(np.asarray, replay(*map(np.stack, zip(*traces, strict=True))))
-    for phase in phases:
-        yield QUIET + phase, jax.tree.map(lambda x, i=phase: x[i], report)
+    return [
+        (QUIET + phase, jax.tree.map(lambda x, i=phase: x[i], report))
+        for phase in phases
+    ]
 
 
 # the level of the norm before the spike, and which step of it is the first outlier
@@ -89,7 +94,7 @@ def test_bloom_spike_is_held_off_by_its_norms_and_undone_as_the_loss_jumps(
 @pytest.mark.parametrize(("level", "first"), LEVELS)
 def test_bloom_spike_goes_back_to_before_the_first_abnormal_norm(level, first):
     depths = []
-    for start, report in replay_all(level, norm_noise=0.1):
+    for start, report in replay_all(level, 0.1):
         reverted = report["after"][start + JUMP + 1]
         (home,) = np.flatnonzero(np.all(report["before"] == reverted, axis=1))[:1]
         depths.append(start + FIRST_ABNORMAL - home)

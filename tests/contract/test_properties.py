@@ -445,7 +445,7 @@ def compiled_vmap(name):
     return jax.jit(jax.vmap(functools.partial(drive, FORMS[name])))
 
 
-@forms(["lalerg", "momentum", "flat"])
+@forms(["lalerg", "momentum", pytest.param("flat", marks=pytest.mark.slow)])
 @given(batch=st.tuples(sequences(), sequences(), sequences()))
 def test_runs_side_by_side_decide_like_each_alone(name, batch):
     together = compiled_vmap(name)(*(np.stack(x) for x in zip(*batch, strict=True)))
