@@ -24,6 +24,8 @@ from lalerg_optax import Verdict
 from lalerg_optax._find import find_states
 from lalerg_optax._records import Conduct
 
+pytestmark = pytest.mark.optimized
+
 ACCEPT, SKIP, REVERT, BOUND = 0, 1, 2, 3
 TAKEN = (ACCEPT, BOUND)
 assert [Verdict(v).name for v in range(4)] == ["ACCEPT", "SKIP", "REVERT", "BOUND"]

@@ -68,7 +68,8 @@ def runner(tx, signals_of, see=everything, apply_updates=lo.apply_updates):
       see: function of a `Step` to what is returned of it.
       apply_updates: function of params, updates and state.
     """
-    tx = optax.with_extra_args_support(tx)
+    if isinstance(tx, optax.GradientTransformation):  # MultiSteps is none
+        tx = optax.with_extra_args_support(tx)
 
     def step(carry, inputs):
         before, state = carry
