@@ -111,11 +111,12 @@ def look_back(
     anchor: PyTree,
     params: PyTree,
     axis_name: str | tuple[str, ...] | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Looks back at the anchor.
 
-    Returns whether there was anything to see, the alignment, and how far it is to the
-    anchor in units of its norm (0 where that is 0). There is nothing to see where the
+    Returns whether there was anything to see, the alignment, the lengths of gradient
+    and way multiplied, and how far it is to the anchor in units of its norm (0 where
+    that is 0). There is nothing to see where the
     gradient is zero or anything is not finite.
 
     With gradient ``g``, anchor ``a`` and params ``p``, the alignment is
@@ -141,6 +142,7 @@ def look_back(
     return (
         is_seen,
         jnp.where(is_seen, jnp.clip(cosine, -1.0, 1.0), 0.0),
+        jnp.where(is_seen, length, 0.0),
         jnp.where(jnp.isfinite(reach), reach, 0.0),
     )
 

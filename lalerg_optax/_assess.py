@@ -110,6 +110,7 @@ def assess(
         norm_error=norm_error,
         log_norm=log_norm,
         log_limit=jnp.where(norm_is_known, limit, LARGEST),
+        bound=jnp.exp(jnp.minimum(medians[1] + high_limit - log_norm, 0.0)),
         weight=jnp.exp(
             jnp.clip(log_norm - medians[1], -_HEAVY, jnp.minimum(high_limit, _HEAVY))
         ),

@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from ._anchor import look_back, move
+from ._numbers import LARGEST
 from ._records import (
     LOOKS,
     Assessment,
@@ -97,7 +98,11 @@ def due(
 
 
 def _summed_up(
-    last: RegulatorScalars, is_seen: jax.Array, alignment: jax.Array, weight: jax.Array
+    last: RegulatorScalars,
+    is_seen: jax.Array,
+    alignment: jax.Array,
+    length: jax.Array,
+    weight: jax.Array,
 ) -> Look:
     """Returns what all looks at this anchor say together.
 
@@ -112,6 +117,10 @@ def _summed_up(
     look_weight = last.look_weight + weight
     look_weight_square = last.look_weight_square + weight**2
     count = jnp.maximum(num_looks, 1.0)
+    rise = jnp.where(is_seen, -alignment * length, 0.0)
+    look_rise = jnp.clip(last.look_rise + rise, -LARGEST, LARGEST)
+    look_rise_square = jnp.minimum(last.look_rise_square + rise**2, LARGEST)
+    scatter = jnp.maximum(look_rise_square - look_rise**2 / count, 0.0)
     unit = jnp.maximum(look_weight / count, 1e-15)
     mean = look_sum / (count * unit)
     rest = look_square - 2.0 * mean * look_cross + mean**2 * look_weight_square
@@ -134,6 +143,10 @@ def _summed_up(
         look_cross=look_cross,
         look_weight=look_weight,
         look_weight_square=look_weight_square,
+        rise=look_rise / count,
+        rise_error=jnp.sqrt(scatter / count / jnp.maximum(count - 1.0, 1.0)),
+        look_rise=look_rise,
+        look_rise_square=look_rise_square,
         look_variance=variance,
         num_looks=num_looks,
     )
@@ -147,6 +160,7 @@ def look_and_move(
     num_wanted: jax.Array,
     is_started: jax.Array,
     weight: jax.Array,
+    bound: jax.Array,
     last: RegulatorScalars,
     anchor: optax.Params,
     params: optax.Params,
@@ -169,6 +183,7 @@ def look_and_move(
       num_wanted: looks that are wanted before the anchor moves, int32 scalar.
       is_started: whether the run has begun well, bool scalar.
       weight: of this look, float32 scalar.
+      bound: factor of a gradient that is too long, float32 scalar.
       last: what is known.
       anchor: the anchor.
       params: the params.
@@ -181,10 +196,10 @@ def look_and_move(
     def look_now() -> tuple[optax.Params, Scalars]:
         look = Look(is_moved=readiness > 0)
         if audit:
-            is_seen, alignment, reach = look_back(
+            is_seen, alignment, length, reach = look_back(
                 grads, grad_norm, anchor, params, axis_name
             )
-            look = _summed_up(last, is_seen, alignment, weight)
+            look = _summed_up(last, is_seen, alignment, bound * length, weight)
             # Before the first good audit, looks go on until together they are clear.
             error = look.alignment_error
             # three of one weight: a heavy one alone knows no error

@@ -9,10 +9,10 @@ import optax
 from ._checks import MISSING, as_loss, check_range, check_state_type
 from ._gate import open_gate
 from ._scalars import Scalars, count_if, pack, read, unpack
-from ._search import choose, harm, step
+from ._search import harm, step
 from ._search_rule import MacroScalars, Phase, SearchRule
 from ._verdict import Audit
-from ._windows import observe
+from ._windows import choose, observe
 
 
 class ScaleByMacroRateState(NamedTuple):
@@ -169,8 +169,8 @@ def scale_by_macro_rate(
             last = last._replace(phase=phase)
             if is_harmful is not None:
                 last = choose(is_harmful, harm(last, audit, rule), last)
-            assert loss is not None
-            taken = step(observe(last, loss), audit, rule, has_value=value is not None)
+            seen = observe(last, None if value is None else loss)
+            taken = step(seen, audit, rule, has_value=value is not None)
             known = choose(is_open, taken, last)
         known = known._replace(
             num_macro_held=count_if(~is_open, state.num_macro_held),

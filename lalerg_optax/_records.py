@@ -135,6 +135,8 @@ class RegulatorScalars(NamedTuple):
       look_cross: sum of the alignments, each times the square of its weight, float32.
       look_weight: sum of the weights, float32.
       look_weight_square: sum of their squares, float32.
+      look_rise: sum of the products of gradient and way, float32.
+      look_rise_square: sum of their squares, float32.
       look_variance: average variance of a single look, float32.
       num_looks: number of those looks, float32.
       verdict: the last `Verdict`, int32.
@@ -171,6 +173,8 @@ class RegulatorScalars(NamedTuple):
     look_cross: Any = 0.0
     look_weight: Any = 0.0
     look_weight_square: Any = 0.0
+    look_rise: Any = 0.0
+    look_rise_square: Any = 0.0
     look_variance: Any = 0.0
     num_looks: Any = 0.0
     verdict: Any = 0
@@ -197,11 +201,15 @@ class Look(NamedTuple):
       reach: how far a start went that was too far, float32.
       alignment: their weighed mean, float32.
       alignment_error: its standard error, float32.
-      look_sum: see `RegulatorScalars`, as the next six.
+      rise: mean product of gradient and way, float32.
+      rise_error: its standard error, float32.
+      look_sum: see `RegulatorScalars`, as the next eight.
       look_square: likewise.
       look_cross: likewise.
       look_weight: likewise.
       look_weight_square: likewise.
+      look_rise: likewise.
+      look_rise_square: likewise.
       look_variance: likewise.
       num_looks: likewise.
     """
@@ -213,11 +221,15 @@ class Look(NamedTuple):
     reach: Any = 0.0
     alignment: Any = 0.0
     alignment_error: Any = 0.0
+    rise: Any = 0.0
+    rise_error: Any = 0.0
     look_sum: Any = 0.0
     look_square: Any = 0.0
     look_cross: Any = 0.0
     look_weight: Any = 0.0
     look_weight_square: Any = 0.0
+    look_rise: Any = 0.0
+    look_rise_square: Any = 0.0
     look_variance: Any = 0.0
     num_looks: Any = 0.0
 
@@ -228,6 +240,8 @@ LOOKS = (  # what is summed up from look to look, until it is told
     "look_cross",
     "look_weight",
     "look_weight_square",
+    "look_rise",
+    "look_rise_square",
     "num_looks",
 )
 
@@ -246,6 +260,7 @@ class Assessment(NamedTuple):
       norm_error: rise of the log norm likewise, float32.
       log_norm: logarithm of the norm, NaN for a norm of 0 or NaN, float32.
       log_limit: logarithm of the norm that a bounded gradient may have, float32.
+      bound: factor that scales the gradient down to that, float32.
       weight: norm in units of its median, at most that of a bounded gradient, and in
         [e^-20, e^20], float32.
       recorded: what the history is to remember of loss and log norm, float32, (2,).
@@ -262,6 +277,7 @@ class Assessment(NamedTuple):
     norm_error: jax.Array
     log_norm: jax.Array
     log_limit: jax.Array
+    bound: jax.Array
     weight: jax.Array
     recorded: jax.Array
     signals: jax.Array

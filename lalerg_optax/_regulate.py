@@ -96,6 +96,8 @@ def _told(
         is_taken=look.is_taken,
         alignment=look.alignment,
         alignment_error=look.alignment_error,
+        rise=look.rise,
+        rise_error=look.rise_error,
         reach=look.reach,
         is_restart=decision.is_new_revert & ~is_started,
     )
@@ -248,10 +250,16 @@ def error_regulate(
         is_started = last.num_audits_passed > 0 if audit else jnp.ones((), jnp.bool_)
         when = due(last, seen, decision, rule, audit=audit)
         # where the way is longer, there is more to see
-        weight = seen.weight * last.anchor_age
+        weights = seen.weight * last.anchor_age, seen.bound
         way_back = state.anchor, params, updates, grad_norm
         anchor, look = look_and_move(
-            *when, is_started, weight, last, *way_back, audit=audit, axis_name=axis_name
+            *when,
+            is_started,
+            *weights,
+            last,
+            *way_back,
+            audit=audit,
+            axis_name=axis_name,
         )
         decision = overruled(decision, look.is_failed)
         scalars, history = learn(

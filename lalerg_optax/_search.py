@@ -5,10 +5,19 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ._numbers import LARGEST
 from ._scalars import count_if
 from ._search_rule import MacroScalars, Phase, SearchRule
 from ._verdict import Audit
-from ._windows import Loss, compare, is_first_window, start_window, variance_of_mean
+from ._windows import (
+    Loss,
+    begin,
+    choose,
+    compare,
+    is_first_window,
+    start_window,
+    variance_of_mean,
+)
 
 
 def _estimate(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalars:
@@ -43,11 +52,6 @@ def _estimate(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScala
     return choose(audit.alignment != 0.0, new, state)
 
 
-def choose(pred: jax.Array, new: MacroScalars, old: MacroScalars) -> MacroScalars:
-    """Returns one of two records."""
-    return jax.tree.map(lambda n, o: jnp.where(pred, n, o), new, old)
-
-
 def _log2(factor: jax.typing.ArrayLike) -> jax.Array:
     return jnp.log2(jnp.asarray(factor, jnp.float32))
 
@@ -60,12 +64,65 @@ def _scaled(state: MacroScalars, octaves: jax.Array, rule: SearchRule) -> MacroS
     return state._replace(macro_rate=rate)
 
 
+def _share(state: MacroScalars) -> jax.Array:
+    """Returns how much of the run so far the window is."""
+    return state.window_count / jnp.maximum(state.num_macro_steps, 1)
+
+
+def _averaged(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalars:
+    """Returns the averages of rise and loss after one more audit.
+
+    While the rate leaps, what was seen at other rates says nothing.
+    """
+    is_found = state.phase == Phase.STEER
+    weight = jnp.where(is_found, jnp.minimum(_share(state) / rule.share, 1.0), 1.0)
+    noise = (1.0 - weight) ** 2 * state.rise_noise + (weight * audit.rise_error) ** 2
+    return state._replace(
+        avg_rise=state.avg_rise + weight * (audit.rise - state.avg_rise),
+        rise_noise=noise,
+        avg_loss=state.avg_loss + weight * (state.window_mean - state.avg_loss),
+    )
+
+
+def _room(state: MacroScalars, rule: SearchRule) -> jax.Array:
+    """Returns by how many octaves the rate is too low, by the rise of the loss.
+
+    At a rate that is too high, params are beyond the lowest point of the way that they
+    came: the loss rises, by what the noise of the gradients costs. Some of that is
+    worth its while, because a schedule takes it back. In units of the loss, one bound
+    does for all: a share of the geometric mean of progress and noise.
+    """
+    span = jnp.maximum(rule.share * state.num_macro_steps, state.window_count)
+    error = jnp.sqrt(state.loss_variance / jnp.maximum(span, 1.0))
+    first = jnp.maximum(state.first_window_mean, state.start_loss)
+    gained = jnp.maximum(first - state.avg_loss, error)
+    share = _share(state)
+    scheduled = rule.waste * jnp.sqrt(share), rule.least_noise
+    annealed = rule.annealed_waste * share, rule.annealed_least_noise
+    waste, least = (
+        jnp.where(rule.anneal, a, s) for a, s in zip(annealed, scheduled, strict=True)
+    )
+    deviation = jnp.sqrt(state.loss_variance)
+    deviation = jnp.clip(deviation, least * gained, rule.most_noise * gained)
+    # roots one by one: the product may be no float32
+    allowed = waste * jnp.sqrt(gained) * jnp.sqrt(deviation)
+    error = jnp.sqrt(state.rise_noise)
+    is_downhill = state.avg_rise < -rule.clear_errors * error
+    rise = jnp.maximum(state.avg_rise, 0.0) + rule.rise_errors * error
+    octaves = -0.5 * jnp.log2(jnp.maximum(rise, 1e-33) / jnp.maximum(allowed, 1e-30))
+    octaves = jnp.where(is_downhill, jnp.maximum(octaves, rule.downhill_room), octaves)
+    most = _log2(rule.growth_factor)
+    return jnp.clip(octaves, -2.0 * most, most)
+
+
 def _leap(
     state: MacroScalars,
     rho: jax.Array,
+    room: jax.Array | None,
     is_good: jax.Array,
     is_bad: jax.Array,
     is_found: jax.Array,
+    loss: Loss,
     rule: SearchRule,
 ) -> tuple[jax.Array, MacroScalars]:
     """START, RESTARTED, SEARCH: leaps, in octaves, until one was too far."""
@@ -79,49 +136,49 @@ def _leap(
         depth * _log2(rule.backoff_factor),
         rho * _log2(rule.growth_factor),
     )
-    is_ended = (is_bad & is_begun & (state.best_alignment > 0.0)) | is_found
+    octaves = jnp.where(is_found, 0.0, octaves)
+    is_ended = (is_bad & is_begun & is_known) | is_found
     is_ended |= is_bad & (state.phase == Phase.SEARCH)
+    if room is not None:
+        # an alignment that is lost in noise, or zero, is no end while nothing rises
+        is_over = loss.is_undone | loss.is_flat
+        is_early = is_ended & is_begun & ~is_over & (room >= 1.0)
+        octaves = jnp.where(is_begun, jnp.minimum(octaves, room), octaves)
+        octaves = jnp.where(is_early, 0.5 * room, octaves)
+        is_ended &= ~is_early
     phase = jnp.where(is_bad | is_begun, state.phase, Phase.SEARCH)
     # what a good alignment is, is learnt from down there
-    return jnp.where(is_found, 0.0, octaves), state._replace(
+    return octaves, state._replace(
         phase=jnp.where(is_ended, Phase.STEER, phase).astype(jnp.int32),
         num_audits=jnp.where(is_first, 0, state.num_audits),
         best_alignment=jnp.where(is_first, 0.0, state.best_alignment),
     )
 
 
-def _steer(state: MacroScalars, loss: Loss, rule: SearchRule) -> jax.Array:
-    """STEER: small steps in octaves, by the loss and by where the slope leads."""
-    error = rule.standard_errors * jnp.sqrt(state.alignment_noise)
-    scale = jnp.maximum(state.best_alignment, jnp.abs(state.avg_alignment) + error)
-    rho = jnp.where(scale > 0.0, state.avg_alignment / jnp.maximum(scale, 1e-30), 0.0)
-    is_blind = state.num_audits == 0  # the loss is all that is known
-    down = jnp.where(loss.is_worse, -jnp.asarray(rule.good_alignment), 0.0)
-    rho = jnp.where(is_blind, down, rho)
-    steering = jax.tree.map(
-        functools.partial(jnp.where, rule.anneal), rule.annealed, rule.scheduled
+def _steer(
+    state: MacroScalars, loss: Loss, room: jax.Array | None, rule: SearchRule
+) -> jax.Array:
+    """STEER: small steps in octaves, by what is known of the rate."""
+    by_loss = jnp.where(
+        loss.is_best & loss.is_gaining,
+        rule.steer_up,
+        jnp.where(loss.is_worse, -1.0, 0.0),
     )
-    tilt = rho - jnp.where(is_blind, 0.0, steering.bold_target)
-    tilt = tilt / rule.good_alignment
-    bold = jnp.where(
-        loss.is_best & loss.is_gaining, rule.gain + tilt, jnp.minimum(tilt, 0.0)
-    )
-    is_beyond = state.avg_alignment + error < -state.best_alignment
-    may_fall = jnp.asarray(rule.anneal) | loss.is_worse | is_beyond
-    bold = jnp.maximum(bold, jnp.where(may_fall, -1.0, 0.0))
-    # Where the noise of a loss is as large as all progress, a window of them tells
-    # little. What is left is where the slope leads. Of a run that was taken up at a
-    # good rate the best was never seen: it is not pushed beyond the bottom.
-    is_seen = state.best_alignment < 1.0
-    target = jnp.where(is_seen, steering.target, jnp.maximum(steering.target, 0.0))
-    careful = jnp.clip(steering.slope * (rho - target), -1.0, 1.0)
-    progress = state.first_window_mean - state.best_window_mean
-    trust = (rule.noise * jnp.maximum(progress, 0.0)) ** 2
-    trust = trust / jnp.maximum(trust + state.loss_variance, 1e-30)
-    trust = jnp.where(is_blind, 1.0, trust)
-    power = trust * jnp.minimum(bold, rule.boldest) + (1.0 - trust) * careful
-    share = state.window_count / jnp.maximum(state.num_macro_steps, 1)
-    weight = jnp.minimum(share / rule.share, 1.0)
+    if room is None:
+        error = rule.standard_errors * jnp.sqrt(state.alignment_noise)
+        scale = jnp.maximum(state.best_alignment, jnp.abs(state.avg_alignment) + error)
+        rho = state.avg_alignment / jnp.maximum(scale, 1e-30)
+        target = jnp.where(rule.anneal, rule.annealed_target, rule.target)
+        power = jnp.clip(rule.slope * (rho - target), -1.0, 1.0)
+    else:
+        power = room / _log2(rule.slow_growth_factor)
+        power = jnp.clip(power, -rule.steer_down, rule.steer_up)
+        # where nothing is left to gain, nothing rises either
+        power = jnp.where(loss.is_flat, jnp.minimum(power, 0.0), power)
+    # of a run that was taken up it is not known where it began
+    is_blind = (state.num_audits == 0) | (state.best_alignment >= 1.0)
+    power = jnp.where(is_blind, by_loss, power)
+    weight = jnp.minimum(_share(state) / rule.share, 1.0)
     return jnp.where(
         loss.is_undone,
         _log2(rule.backoff_factor),
@@ -164,7 +221,10 @@ def step(
     has_value: bool,
 ) -> MacroScalars:
     """Returns what is known after an accepted step, whose loss was observed."""
+    if has_value:
+        seen = begin(seen, rule)
     loss = compare(seen, rule, has_value)
+    room = None
     is_found = jnp.zeros((), jnp.bool_)
     if audit is None:  # the loss is all that is known
         audited = seen
@@ -175,6 +235,9 @@ def step(
     else:
         is_audited = audit.is_taken
         audited = _estimate(seen, audit, rule)
+        if has_value:
+            audited = _averaged(audited, audit, rule)
+            room = _room(audited, rule)
         mean, best = audited.avg_alignment, audited.best_alignment
         error = rule.standard_errors * jnp.sqrt(audited.alignment_noise)
         has_moved = audit.alignment != 0.0
@@ -215,19 +278,23 @@ def step(
             best_window_mean=jnp.where(
                 is_new, seen.window_mean, audited.best_window_mean
             ),
+            avg_loss=jnp.where(is_new, seen.window_mean, audited.avg_loss),
+            start_loss=jnp.where(is_new, -LARGEST, audited.start_loss),
         )
-    leap, leapt = _leap(audited, rho, is_good, is_bad, is_found, rule)
+    leap, leapt = _leap(audited, rho, room, is_good, is_bad, is_found, loss, rule)
     is_steered = (seen.phase == Phase.STEER) & ~is_reopened
-    octaves = jnp.where(is_steered, _steer(audited, loss, rule), leap)
+    octaves = jnp.where(is_steered, _steer(audited, loss, room, rule), leap)
     moved = _scaled(choose(is_steered, audited, leapt), octaves, rule)
     is_first = is_first_window(seen)
+    # the start is what losses were until they had clearly come down
+    is_start = (seen.phase <= Phase.SEARCH) & ~loss.is_down
+    first = moved.first_window_mean
+    first += jnp.where(is_start, _share(seen), 0.0) * (seen.window_mean - first)
     is_best = loss.is_best | is_first
     variance = variance_of_mean(seen)
     spread = variance * seen.window_count
     moved = start_window(moved)._replace(
-        first_window_mean=jnp.where(
-            is_first, seen.window_mean, moved.first_window_mean
-        ),
+        first_window_mean=jnp.where(is_first, seen.window_mean, first),
         loss_variance=jnp.where(
             is_first,
             spread,
@@ -236,6 +303,6 @@ def step(
         last_window_mean=seen.window_mean,
         last_window_variance=variance,
         best_window_mean=jnp.where(is_best, seen.window_mean, moved.best_window_mean),
-        num_windows=count_if(is_audited, seen.num_windows),
+        num_windows=count_if(is_audited & has_value, seen.num_windows),
     )
     return choose(is_audited, moved, seen)

@@ -3,19 +3,7 @@
 import enum
 from typing import Any, NamedTuple
 
-
-class Steering(NamedTuple):
-    """Which alignment, in units of its best, a rate is steered to once it is found.
-
-    Attributes:
-      target: where the loss is too noisy to go by.
-      slope: of that steering.
-      bold_target: where it is not.
-    """
-
-    target: Any
-    slope: Any
-    bold_target: Any
+from ._numbers import LARGEST
 
 
 class SearchRule(NamedTuple):
@@ -32,20 +20,32 @@ class SearchRule(NamedTuple):
       standard_errors: how many of them make a thing clear.
       drift: by how much, in units of the best, the alignment may change from one audit
         to the next: what makes old audits count less.
-      share: of the run so far: an audit of fewer steps moves the rate by less.
+      share: of the run so far: over that much of it rise and loss are averaged, and by
+        audits of fewer steps the rate is steered by less.
+      waste: rise on the way from the anchor to the params that a good rate has, in
+        units of the square root of share of the run, progress, and noise of a loss.
+        Chosen, as the next eight, on development tasks of ``benchmarks/noise.py`` and
+        ``benchmarks/decades.py``.
+      annealed_waste: the same where no schedule is still to fall, in units of the share
+        itself: there the rate has to fall on and on.
+      least_noise: deviation of a loss, in units of the progress, at least.
+      annealed_least_noise: the same where no schedule is still to fall.
+      most_noise: the same, at most.
+      rise_errors: standard errors that are added to a rise.
+      clear_errors: standard errors below zero at which the way leads on downhill.
+      downhill_room: octaves by which the rate is then too low at least.
+      steer_up: exponent of the largest growth of a rate that was found.
+      steer_down: the same of its largest fall.
+      num_start: losses that tell where a run began, if no audit comes before.
       first: power of ``backoff_factor`` after the first good audit of a run.
       first_reach: how far the first steps should lead, in units of the params.
       deep: the same of a run that had to go back to its start, and of each time.
-      gain: exponent of a growth that the loss alone speaks for.
-      boldest: exponent of the largest growth: hardly more than a cut takes.
       blind: share of a leap to dare where the alignment is not known.
-      scheduled: how to steer where a schedule is still to fall: to below 0. Chosen, as
-        `best_errors`, on development tasks of ``benchmarks/noise.py`` and
-        ``benchmarks/decades.py``.
-      annealed: how to steer where there is none.
+      target: alignment, in units of its best, that a rate is steered to where there
+        is no loss.
+      slope: of that steering.
+      annealed_target: the same where no schedule is still to fall.
       best_errors: standard errors by which an alignment has to be above the best.
-      noise: deviation of a loss, in units of the progress so far, at which half of the
-        steering is that.
       least_gain: what a window has to gain, in units of the progress that was made at
         the same pace so far, for a higher rate to be worth anything.
     """
@@ -59,17 +59,26 @@ class SearchRule(NamedTuple):
     max_rate: float = 2.0**40
     standard_errors: float = 2.0
     drift: float = 0.25
-    share: float = 1.0 / 8.0
+    share: float = 1.0 / 4.0
+    waste: float = 0.7
+    annealed_waste: float = 2.0
+    least_noise: float = 0.01
+    annealed_least_noise: float = 1e-4
+    most_noise: float = 3.0
+    rise_errors: float = 0.5
+    clear_errors: float = 3.0
+    downhill_room: float = 1.0
+    steer_up: float = 0.5
+    steer_down: float = 4.0
+    num_start: int = 8
     first: float = 2.0
     first_reach: float = 1e-3
     deep: float = 4.0
-    gain: float = 0.5
-    boldest: float = 2.0
     blind: float = 0.5
-    scheduled: Steering = Steering(target=-0.2, slope=2.0, bold_target=-0.05)
-    annealed: Steering = Steering(target=0.15, slope=1.0, bold_target=0.0)
+    target: float = -0.2
+    slope: float = 2.0
+    annealed_target: float = 0.15
     best_errors: float = 1.0
-    noise: float = 0.5
     least_gain: float = 0.01
 
 
@@ -98,10 +107,15 @@ class MacroScalars(NamedTuple):
       alignment_spread: variance of that, if it may drift between audits, float32.
       alignment_noise: variance that the noise of looks alone gives it, float32.
       best_alignment: the largest that it clearly was, float32.
+      avg_rise: average rise of the loss from anchor to params, float32.
+      rise_noise: variance that the noise of looks gives it, float32.
+      avg_loss: average loss over the same share of the run, float32.
+      start_loss: mean of the first losses, less its standard error, float32.
       window_mean: mean of the losses accepted since the last audit, float32.
-      window_sum_of_squares: of their deviations from that mean, float32.
+      window_sum_of_squares: of their deviations from that mean; -1 where no step of the
+        window had a loss, float32.
       loss_variance: average variance of a loss within a window, float32.
-      first_window_mean: the mean of the first whole window, float32.
+      first_window_mean: mean loss until it had clearly come down, float32.
       last_window_mean: the mean of the window before, float32.
       last_window_variance: the variance of that mean, float32.
       best_window_mean: the lowest mean of a whole window, float32.
@@ -120,6 +134,10 @@ class MacroScalars(NamedTuple):
     alignment_spread: Any = 0.0
     alignment_noise: Any = 0.0
     best_alignment: Any = 0.0
+    avg_rise: Any = 0.0
+    rise_noise: Any = 0.0
+    avg_loss: Any = 0.0
+    start_loss: Any = -LARGEST
     window_mean: Any = 0.0
     window_sum_of_squares: Any = 0.0
     loss_variance: Any = 0.0

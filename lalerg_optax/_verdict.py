@@ -60,6 +60,10 @@ class Audit(NamedTuple):
         Exactly 0: params did not move at all, or no audit was taken.
       alignment_error: standard error of that mean, from the differences between the
         looks, float32 scalar.
+      rise: of the loss on the way from the anchor to the params, to first order: the
+        product of gradient and way, mean over the looks, in units of the loss, float32
+        scalar.
+      rise_error: its standard error, likewise.
       reach: how far params are from the anchor, in units of its norm, where that is why
         they go back to the start of the run; else 0, float32 scalar.
       is_restart: whether params go back to where the run began because no audit was
@@ -69,5 +73,7 @@ class Audit(NamedTuple):
     is_taken: jax.Array
     alignment: jax.Array
     alignment_error: jax.Array
+    rise: jax.Array
+    rise_error: jax.Array
     reach: jax.Array
     is_restart: jax.Array

@@ -12,20 +12,43 @@ from ._search_rule import MacroScalars, Phase, SearchRule
 LARGEST_LOSS = 1e16  # its square, times the length of most windows, is a float32
 
 
-def observe(state: MacroScalars, loss: jax.Array) -> MacroScalars:
-    """Adds a loss to the window (Welford's sums)."""
+def choose(pred: jax.Array, new: MacroScalars, old: MacroScalars) -> MacroScalars:
+    """Returns one of two records."""
+    return jax.tree.map(lambda n, o: jnp.where(pred, n, o), new, old)
+
+
+def observe(state: MacroScalars, loss: jax.Array | None) -> MacroScalars:
+    """Adds a step, and its loss if it has one, to the window (Welford's sums)."""
+    counted = count_if(jnp.ones((), jnp.bool_), state.window_count)
+    steps = count_if(jnp.ones((), jnp.bool_), state.num_macro_steps)
+    if loss is None:
+        is_empty = state.window_count == 0
+        square = jnp.where(is_empty, -1.0, state.window_sum_of_squares)
+        return state._replace(
+            window_count=counted, num_macro_steps=steps, window_sum_of_squares=square
+        )
+    is_without = state.window_sum_of_squares < 0.0
+    state = choose(is_without, start_window(state), state)
     loss = jnp.clip(loss, -LARGEST_LOSS, LARGEST_LOSS)
     count = count_if(jnp.ones((), jnp.bool_), state.window_count)
     mean = state.window_mean + (loss - state.window_mean) / count
     square = (loss - state.window_mean) * (loss - mean)
     return state._replace(
         window_count=count,
-        num_macro_steps=count_if(jnp.ones((), jnp.bool_), state.num_macro_steps),
+        num_macro_steps=steps,
         window_mean=mean,
         window_sum_of_squares=jnp.minimum(
             state.window_sum_of_squares + square, LARGEST
         ),
     )
+
+
+def begin(state: MacroScalars, rule: SearchRule) -> MacroScalars:
+    """Notes where a run begins, once there are losses enough."""
+    is_due = (state.num_windows == 0) & (state.window_count == rule.num_start)
+    is_due &= state.start_loss == -LARGEST
+    start = state.window_mean - jnp.sqrt(variance_of_mean(state))
+    return state._replace(start_loss=jnp.where(is_due, start, state.start_loss))
 
 
 def start_window(state: MacroScalars) -> MacroScalars:
@@ -50,6 +73,7 @@ class Loss(NamedTuple):
     is_undone: jax.Array
     is_gaining: jax.Array
     is_flat: jax.Array
+    is_down: jax.Array
 
 
 def is_first_window(state: MacroScalars) -> jax.Array:
@@ -78,5 +102,6 @@ def compare(state: MacroScalars, rule: SearchRule, has_value: bool) -> Loss:
         & (2.0 * (rise - margin) > best_progress)
         & (state.window_mean > state.last_window_mean),
         is_gaining=is_first | (-rise > least),
+        is_down=state.window_mean - state.first_window_mean < -margin,
         is_flat=is_clear & (jnp.minimum(margin, close) - rise < least),
     )

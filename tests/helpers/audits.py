@@ -12,11 +12,15 @@ from lalerg_optax._verdict import Audit, Verdict
 ACCEPT, REVERT = jnp.int32(Verdict.ACCEPT), jnp.int32(Verdict.REVERT)
 
 
-def make_audit(alignment=None, error=0.0, reach=0.0, is_restart=False):
+def make_audit(
+    alignment=None, error=0.0, reach=0.0, is_restart=False, rise=0.0, rise_error=0.0
+):
     return Audit(
         is_taken=jnp.asarray(alignment is not None),
         alignment=jnp.float32(0.0 if alignment is None else alignment),
         alignment_error=jnp.float32(error),
+        rise=jnp.float32(rise),
+        rise_error=jnp.float32(rise_error),
         reach=jnp.float32(reach),
         is_restart=jnp.asarray(is_restart),
     )
@@ -44,9 +48,17 @@ class Driver:
         return Phase(int(self.state.phase))
 
     def tell(
-        self, alignment=None, value=1.0, error=0.0, verdict=ACCEPT, harm=False, reach=0
+        self,
+        alignment=None,
+        value=1.0,
+        error=0.0,
+        verdict=ACCEPT,
+        harm=False,
+        reach=0,
+        length=1.0,
     ):
-        audit = make_audit(alignment, error, reach, is_restart=harm)
+        rise = 0.0 if alignment is None else -length * alignment
+        audit = make_audit(alignment, error, reach, harm, rise, length * error)
         _, self.state = self._update(
             jnp.ones(1),
             self.state,
@@ -60,13 +72,19 @@ class Driver:
         """A step without a regulator."""
         _, self.state = self._update(jnp.ones(1), self.state, value=value)
 
-    def window(self, alignment, num_steps=4, value=1.0, noise=0.0, error=0.0):
-        """Takes steps, the last of them with an audit; returns the rate's factor."""
+    def window(
+        self, alignment, num_steps=4, value=1.0, noise=0.0, error=0.0, length=1.0
+    ):
+        """Takes steps, the last of them with an audit; returns the rate's factor.
+
+        The loss rises on the way by the alignment times ``length``.
+        """
         before = self.rate
         for i in range(num_steps):
             is_last = i == num_steps - 1
             swing = noise if i % 2 else -noise
-            self.tell(alignment if is_last else None, value + swing, error)
+            loss = None if value is None else value + swing
+            self.tell(alignment if is_last else None, loss, error, length=length)
         return self.rate / before
 
     def end_search(self, value=1.0):

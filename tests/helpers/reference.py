@@ -24,6 +24,8 @@ class Audit(NamedTuple):
 
     alignment: float
     alignment_error: float
+    rise: float = 0.0
+    rise_error: float = 0.0
     reach: float = 0.0
 
 
@@ -153,6 +155,9 @@ class MacroRate:
         self.phase = START if search else STEER
         self.avg_alignment = self.best_alignment = 0.0
         self.spread = self.noise = 0.0
+        self.avg_rise = self.rise_noise = self.avg_loss = 0.0
+        self.start_loss = -LARGEST
+        self.room = None  # by how many octaves the rate is too low
         self.num_audits = 0
         self.window = []
         self.loss_variance = 0.0
@@ -183,14 +188,18 @@ class MacroRate:
             return np.zeros_like(params)
         if self.search:
             self.has_value = value is not None
-            loss = 0.0 if value is None else float(np.clip(value, -1e16, 1e16))
-            self.window.append(loss)
+            if self.has_value and None in self.window[:1]:
+                self.window = []  # none of its steps had a loss
+            if self.has_value:
+                value = float(np.clip(value, -1e16, 1e16))
+            self.window.append(value)
             self.num_macro_steps += 1
+            self.begin()
             if audit is None:
                 if len(self.window) >= self.audit_every and self.has_value:
                     self.audit_window()
             elif hasattr(audit, "alignment"):
-                self.audit_alignment(audit.alignment, audit.alignment_error)
+                self.audit_alignment(audit)
         return self.macro_rate * updates
 
     def scale(self, factor):
@@ -205,11 +214,22 @@ class MacroRate:
         self.scale(factor)
         self.window = []
 
+    def begin(self):
+        """Notes the mean of the first losses, less its standard error."""
+        is_due = self.has_value and self.num_windows == 0 and len(self.window) == 8
+        if is_due and self.start_loss == -LARGEST:
+            mean, variance = self.mean_and_variance()
+            self.start_loss = mean - math.sqrt(variance)
+
     def mean_and_variance(self):
-        """Returns the mean loss of the window, and the variance of that mean."""
+        """Returns the mean loss of the window, and the variance of that mean.
+
+        Steps without a loss change neither.
+        """
+        losses = [x for x in self.window if x is not None]
         count = len(self.window)
-        mean = sum(self.window) / count
-        squares = sum((x - mean) ** 2 for x in self.window)
+        mean = sum(losses) / max(len(losses), 1)
+        squares = sum((x - mean) ** 2 for x in losses)
         return mean, squares / ((max(count, 2) - 1) * max(count, 2))
 
     def compare(self):
@@ -232,23 +252,33 @@ class MacroRate:
         self.is_gaining = is_first or -rise > least
         close = min(margin, 2.0 * math.sqrt(2.0 * variance))
         self.is_flat = is_clear and close - rise < least
+        self.is_down = mean - self.first_window_mean < -margin
 
     def finish(self):
         """Remembers the window, and starts another one."""
         mean, variance = self.mean_and_variance()
         spread = variance * len(self.window)
+        part = 1.0 if self.is_first else self.share
+        if self.is_first or (self.was_searching and not self.is_down):
+            self.first_window_mean += part * (mean - self.first_window_mean)
         if self.is_first:
-            self.first_window_mean, self.loss_variance = mean, spread
+            self.loss_variance = spread
         else:
             self.loss_variance += 0.25 * (spread - self.loss_variance)
         if self.is_first or self.is_best:
             self.best_window_mean = mean
         self.last_window_mean, self.last_window_variance = mean, variance
-        self.num_windows += 1
+        self.num_windows += self.has_value
         self.window = []
+
+    @property
+    def share(self):
+        """Of the run so far that the window is."""
+        return len(self.window) / self.num_macro_steps
 
     def audit_window(self):
         self.compare()
+        self.was_searching = self.phase <= SEARCH
         mean, variance = self.mean_and_variance()
         margin = 2.0 * math.sqrt(variance + self.last_window_variance)
         rise = mean - self.last_window_mean
@@ -274,11 +304,14 @@ class MacroRate:
         else:
             self.scale(self.backoff_factor**4)
 
-    def audit_alignment(self, alignment, error):
+    def audit_alignment(self, audit):
+        alignment, error = audit.alignment, audit.alignment_error
         self.compare()
+        self.was_searching = self.phase <= SEARCH
         has_moved = alignment != 0.0
         if has_moved:
             self.estimate(alignment, error)
+        self.room = self.room_left(audit) if self.has_value else None
         c, best = self.avg_alignment, self.best_alignment
         latest, error = error, 2.0 * math.sqrt(self.noise)
         is_known = best > 0.0
@@ -289,6 +322,7 @@ class MacroRate:
         if self.phase >= SEARCH and self.is_undone and is_good and is_now:
             # the slope goes on, and the loss is another one: so are the data
             self.first_window_mean = self.best_window_mean = self.mean_and_variance()[0]
+            self.avg_loss, self.start_loss = self.first_window_mean, -LARGEST
             self.is_undone = self.is_worse = self.is_flat = False
         is_bad = is_bad or (self.is_undone and self.phase == SEARCH)
         is_good = is_good and not is_bad
@@ -299,6 +333,7 @@ class MacroRate:
         if is_unclear:
             rho /= 2.0
         is_reopened = is_known and self.is_gaining and c - error > 0.5 * best
+        is_found = self.is_flat or (is_unclear and c <= threshold)
         if self.phase == STEER and not is_reopened:
             self.steer()
         elif self.phase in (START, RESTARTED):
@@ -311,15 +346,49 @@ class MacroRate:
             else:
                 self.scale(self.growth_factor**rho)
                 self.phase = SEARCH
-        elif is_bad:
-            self.phase = SEARCH
-            self.lower(is_known)
-        elif self.phase == SEARCH and (self.is_flat or (is_unclear and c <= threshold)):
-            self.phase = STEER
+        elif is_bad or (self.phase == SEARCH and is_found):
+            self.end_search(is_bad, is_known)
         else:
-            self.phase = SEARCH if self.phase == SEARCH else STEER
-            self.scale(self.growth_factor**rho)
+            self.leap(self.growth_factor**rho)
         self.finish()
+
+    def leap(self, factor):
+        """By no more than the rise of the loss leaves room for."""
+        self.scale(factor if self.room is None else min(factor, 2.0**self.room))
+
+    def end_search(self, is_bad, is_known):
+        is_over = self.is_undone or self.is_flat
+        if self.room is not None and self.room >= 1.0 and not is_over:
+            self.scale(2.0 ** (0.5 * self.room))  # nothing rises: it goes on
+            return
+        self.phase = STEER
+        cut = self.backoff_factor ** (1 if is_known else 2)
+        self.leap(cut if is_bad else 1.0)
+
+    def room_left(self, audit):
+        """Returns by how many octaves the rate is too low; takes the audit in."""
+        mean, _ = self.mean_and_variance()
+        weight = min(1.0, 4.0 * self.share) if self.phase == STEER else 1.0
+        self.avg_rise += weight * (audit.rise - self.avg_rise)
+        self.rise_noise *= (1.0 - weight) ** 2
+        self.rise_noise += (weight * audit.rise_error) ** 2
+        self.avg_loss += weight * (mean - self.avg_loss)
+
+        deviation = math.sqrt(self.loss_variance)
+        span = max(self.num_macro_steps / 4.0, len(self.window))
+        first = max(self.first_window_mean, self.start_loss)
+        gained = max(first - self.avg_loss, deviation / math.sqrt(span))
+        least = 1e-4 if self.anneal else 0.01
+        deviation = min(max(deviation, least * gained), 3.0 * gained)
+        waste = 2.0 * self.share if self.anneal else 0.7 * math.sqrt(self.share)
+        allowed = waste * math.sqrt(gained * deviation)
+        error = math.sqrt(self.rise_noise)
+        rise = max(self.avg_rise, 0.0) + 0.5 * error
+        octaves = -0.5 * math.log2(max(rise, 1e-33) / max(allowed, 1e-30))
+        if self.avg_rise < -3.0 * error:
+            octaves = max(octaves, 1.0)
+        most = math.log2(self.growth_factor)
+        return min(max(octaves, -2.0 * most), most)
 
     def estimate(self, alignment, error):
         """Kalman's filter."""
@@ -348,26 +417,18 @@ class MacroRate:
             self.scale(self.backoff_factor)
             return
         c, best = self.avg_alignment, self.best_alignment
-        error = 2.0 * math.sqrt(self.noise)
-        scale = max(best, abs(c) + error)
-        rho = c / scale if scale > 0.0 else 0.0
-        progress = max(self.first_window_mean - self.best_window_mean, 0.0) ** 2
-        trust = 0.25 * progress / max(0.25 * progress + self.loss_variance, 1e-30)
-        if self.num_audits == 0:
-            rho, trust = (-self.good_alignment if self.is_worse else 0.0), 1.0
-        is_taken = not self.anneal and self.num_audits > 0
-        tilt = (rho + (0.05 if is_taken else 0.0)) / self.good_alignment
-        bold = 0.5 + tilt if self.is_best and self.is_gaining else min(tilt, 0.0)
-        is_beyond = c + error < -best
-        may_fall = self.anneal or self.is_worse or is_beyond
-        bold = min(max(bold, -1.0 if may_fall else 0.0), 2.0)
-        target = -0.2 if best < 1.0 else 0.0
-        target = 0.15 if self.anneal else target
-        slope = 1.0 if self.anneal else 2.0
-        careful = min(max(slope * (rho - target), -1.0), 1.0)
-        power = trust * bold + (1.0 - trust) * careful
-        share = len(self.window) / self.num_macro_steps
-        self.scale(self.slow_growth_factor ** (min(1.0, 8.0 * share) * power))
+        if self.num_audits == 0 or best >= 1.0:  # the loss is all that is known
+            power = -1.0 if self.is_worse else 0.0
+            power = 0.5 if self.is_best and self.is_gaining else power
+        elif self.room is None:
+            rho = c / max(best, abs(c) + 2.0 * math.sqrt(self.noise), 1e-30)
+            power = 2.0 * (rho - (0.15 if self.anneal else -0.2))
+            power = min(max(power, -1.0), 1.0)
+        else:
+            power = self.room / math.log2(self.slow_growth_factor)
+            power = min(max(power, -4.0), 0.0 if self.is_flat else 0.5)
+        weight = min(1.0, 4.0 * self.share)
+        self.scale(self.slow_growth_factor ** (weight * power))
 
 
 class AddDecayedWeights:
@@ -475,6 +536,7 @@ class ErrorRegulate:
         self.num_trials = self.num_harmful = self.num_audits_passed = 0
 
         self.looks = []  # those at this anchor
+        self.rises = []  # of the loss, at each of them
         self.look_variance = 0.0
         self.alignment_scale = 0.0
         self.alignment = self.alignment_error = 0.0
@@ -697,6 +759,10 @@ class ErrorRegulate:
             most = min(max(self.norm_tolerance, math.log(16.0)), 20.0)
             weight = math.exp(max(min(excess, most), -20.0))
             self.looks.append((weight * self.anchor_age, alignment))
+            most = max(self.norm_tolerance, math.log(16.0))
+            bound = math.exp(min(most - excess, 0.0))
+            length = global_norm(grads) * global_norm(params - self.anchor)
+            self.rises.append(-alignment * bound * length)
         n = len(self.looks)
         total = sum(weight for weight, _ in self.looks)
         mean = sum(weight * look for weight, look in self.looks) / total if n else 0.0
@@ -725,7 +791,11 @@ class ErrorRegulate:
         is_held = self.is_started and n >= num_wanted + 5
         if not (self.is_failed or self.is_moved or is_held):
             return False
-        self.looks, self.look_variance = [], variance
+        rises, count = self.rises, max(n, 1)
+        rise = sum(rises) / count
+        scatter = max(sum(x**2 for x in rises) - count * rise**2, 0.0)
+        rise_error = math.sqrt(scatter / count / max(count - 1, 1))
+        self.looks, self.rises, self.look_variance = [], [], variance
         if self.is_failed or n > 0:
             self.alignment, self.alignment_error = mean, error
             scale = abs(mean) - error
@@ -734,7 +804,7 @@ class ErrorRegulate:
             return False
         self.num_audits_passed += mean > 0.0
         self.events.add("audit")
-        return Audit(mean, error)
+        return Audit(mean, error, rise, rise_error)
 
     def reach_of(self, params):
         """Returns how far params are from the anchor, in units of its norm."""
@@ -818,7 +888,7 @@ class ErrorRegulate:
         if self.verdict == REVERT:
             self.anchor_age = 0
         if self.verdict == REVERT or self.is_new_level:
-            self.looks = []
+            self.looks, self.rises = [], []
         self.record()
 
     @property

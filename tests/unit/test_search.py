@@ -55,10 +55,10 @@ def test_an_audit_that_noise_explains_ends_no_search():
     crisp, noisy = Driver(), Driver()
     for driver, error, num_low in ((crisp, 0.0, 3), (noisy, 0.4, 1)):
         for _ in range(12):
-            driver.window(0.8, error=error)
+            driver.window(0.8, error=error, noise=1.0)
         assert driver.phase is Phase.SEARCH
         for _ in range(num_low):
-            driver.window(0.1, error=error)
+            driver.window(-0.3, error=error, noise=1.0)
     assert crisp.phase is Phase.STEER
     assert noisy.phase is Phase.SEARCH
 
@@ -91,12 +91,12 @@ def test_what_counts_is_the_alignment_relative_to_its_best(scale):
 def test_where_nothing_is_known_the_search_leaps_by_half_and_a_bad_audit_cuts_deep():
     driver = Driver()
     for _ in range(5):
-        assert driver.window(0.001, error=0.01) == 2.0
+        assert driver.window(0.001, error=0.01, noise=0.1, length=1e-3) == 2.0
     assert driver.phase is Phase.SEARCH
     rate = driver.rate
     while driver.phase is Phase.SEARCH:
         rate = driver.rate
-        driver.window(-0.05, error=0.01)
+        driver.window(-0.05, error=0.01, noise=0.1)
     assert driver.rate == rate / 4.0
 
 
@@ -145,13 +145,38 @@ def test_a_search_goes_on_where_the_slope_does_and_the_loss_is_that_of_other_dat
 def test_a_search_goes_on_slowly_while_the_mean_is_good_and_not_clearly_so():
     driver = Driver()
     for _ in range(2):
-        driver.window(0.8, error=0.5)
+        driver.window(0.8, error=0.5, noise=1.0)
     assert driver.phase is Phase.SEARCH
-    np.testing.assert_allclose(driver.window(1e-3, error=0.5), 2.0, rtol=1e-6)
+    factor = driver.window(1e-3, error=0.5, noise=1.0, length=1e-3)
+    np.testing.assert_allclose(factor, 2.0, rtol=1e-6)
     assert driver.phase is Phase.SEARCH
     for _ in range(6):
-        driver.window(-0.2, error=0.5)
+        driver.window(-0.2, error=0.5, noise=1.0, length=10.0)
     assert driver.phase is Phase.STEER
+
+
+def test_a_search_whose_alignment_is_lost_in_noise_goes_on_while_nothing_rises():
+    far, near = Driver(), Driver()
+    for driver, length in ((far, 1e-4), (near, 3.0)):
+        for _ in range(4):
+            driver.window(0.3, error=0.05, noise=1.0, length=length)
+        for _ in range(8):
+            driver.window(-0.2, error=0.05, noise=1.0, length=length)
+    assert far.phase is Phase.SEARCH
+    assert far.rate >= 2.0**8
+    assert near.phase is Phase.STEER
+
+
+def test_a_search_that_ends_goes_back_by_as_much_as_the_loss_rises():
+    rates = []
+    for length in (1.0, 100.0):
+        driver = Driver()
+        for value in (9.0, 8.0, 7.0):
+            driver.window(0.8, value=value, noise=0.1)
+        rates.append(driver.window(-0.8, value=6.0, noise=0.1, length=length))
+        assert driver.phase is Phase.STEER
+    assert rates[0] == 0.5
+    assert rates[1] == 1.0 / 16.0
 
 
 @pytest.mark.parametrize(("alignment", "slope"), [(0.3, -1.0), (-0.8, 0.0)])
@@ -167,7 +192,7 @@ def test_the_same_share_of_a_run_changes_the_rate_alike_however_long(alignment, 
         for i in range(1, 4):  # audits of less than 1/16 of the run
             driver.window(alignment, num_steps=4 * scale, value=5.0 + slope * i)
         factors.append(driver.rate / before)
-    assert factors[0] > 1.2 if alignment > 0.0 else factors[0] < 0.9
+    assert factors[0] > 1.1 if alignment > 0.0 else factors[0] < 0.9
     np.testing.assert_allclose(factors[0], factors[1], rtol=1e-5)
 
 
@@ -180,42 +205,55 @@ def progressed(**hyperparameters):
     return driver
 
 
-def test_without_anneal_the_rate_falls_only_for_a_loss_that_is_worse():
+def factor_at(rise, *, value=1.0, noise=0.01, error=0.0, **hyperparameters):
+    """By what an audit that tells such a rise moves the rate of a level that steers."""
+    driver = progressed(**hyperparameters)
+    for _ in range(12):
+        driver.window(0.1, value=value, noise=noise)
+    return driver.window(-0.2, value=value, noise=noise, error=error, length=rise / 0.2)
+
+
+def test_the_rate_is_steered_to_where_the_loss_rises_as_progress_and_noise_allow():
+    # 8 of 9 gained, deviation 0.0115 * 8 at least; 4 of 64 steps: averaged by a quarter
+    allowed = 0.7 * (4 / 64) ** 0.5 * 8.0 * 0.1
+    low, high = factor_at(0.1 * allowed), factor_at(100.0 * allowed)
+    assert low > 1.0 > high
+    np.testing.assert_allclose(low, 1.5 ** (0.5 * 4 * 4 / 64), rtol=1e-5)
+    assert high > 1.5**-4.0
+
+
+def test_more_noise_allows_more_rise_and_less_progress_less():
+    usual = factor_at(2.0)
+    assert usual < 1.0
+    assert factor_at(2.0, noise=4.0) > usual
+    assert factor_at(2.0, value=5.0) < usual
+
+
+def test_without_a_schedule_less_rise_is_allowed():
+    assert factor_at(2.0, anneal=True) < factor_at(2.0)
+
+
+def test_at_the_floor_of_the_loss_the_rate_does_not_grow():
     driver = progressed()
-    for _ in range(6):
-        np.testing.assert_allclose(driver.window(-0.2, value=1.0), 1.0, rtol=1e-6)
-    assert driver.state.avg_alignment < 0.0
-    assert driver.window(-0.2, num_steps=8, value=2.0) < 1.0
+    for _ in range(8):
+        driver.window(0.1, value=1e-6)
+    before = driver.rate
+    for _ in range(10):
+        driver.window(0.1, value=1e-6)
+    assert driver.rate == before
 
 
-def test_with_anneal_the_rate_falls_where_the_loss_stalls_and_the_slope_leads_back():
-    driver = progressed(anneal=True)
-    for _ in range(3):
-        driver.window(-0.2)
-    assert driver.state.avg_alignment < 0.0
-    assert driver.window(-0.2, num_steps=8) < 1.0
-    for _ in range(3):
-        driver.window(0.3)
-    assert driver.state.avg_alignment > 0.0
-    np.testing.assert_allclose(driver.window(0.3), 1.0, rtol=1e-6)
-
-
-def test_steps_beyond_the_bottom_by_more_than_the_best_led_to_it_lower_the_rate():
-    driver = progressed()
-    for _ in range(4):
-        driver.window(-0.9, error=0.01)
-    assert driver.window(-0.9, error=0.01) < 1.0
-
-
-@pytest.mark.parametrize("alignment", [-0.25, -0.4])
-def test_noise_as_large_as_all_progress_steers_by_the_alignment_alone(alignment):
-    driver = progressed()
-    for _ in range(40):
-        driver.window(alignment, noise=40.0)
-    assert driver.window(alignment, noise=40.0) < 1.0
-    for _ in range(20):
-        driver.window(1e-3, noise=40.0, error=0.1)
-    assert driver.window(1e-3, noise=40.0, error=0.1) > 1.0, "a schedule is to come"
+def test_without_a_loss_the_alignment_alone_steers():
+    factors = {}
+    for alignment in (-0.5, 0.1):
+        driver = Driver()
+        for a in (0.8, 0.8, -0.8):
+            driver.window(a, value=None)
+        assert driver.phase is Phase.STEER
+        for _ in range(8):
+            driver.window(alignment, value=None)
+        factors[alignment] = driver.window(alignment, value=None)
+    assert factors[-0.5] < 1.0 < factors[0.1]
 
 
 def at(phase):
@@ -225,10 +263,10 @@ def at(phase):
     if phase is Phase.RESTARTED:
         driver.tell(verdict=REVERT, harm=True)
     if phase >= Phase.SEARCH:
-        driver.window(0.8)
-        driver.window(0.8)
+        driver.window(0.8, noise=1.0)
+        driver.window(0.8, noise=1.0)
     if phase is Phase.STEER:
-        driver.window(-0.8)
+        driver.window(-0.8, noise=1.0)
     assert driver.phase is phase
     return driver
 
@@ -254,14 +292,15 @@ def test_one_audit_moves_rate_and_phase_as_the_table_says(
     phase, alignment, error, factor, after
 ):
     driver = at(phase)
-    np.testing.assert_allclose(driver.window(alignment, error=error), factor, rtol=1e-5)
+    moved = driver.window(alignment, error=error, noise=1.0, length=0.5)
+    np.testing.assert_allclose(moved, factor, rtol=1e-5)
     assert driver.phase is after
 
 
 @pytest.mark.parametrize("alignment", [-0.8, -0.2, 0.05, 0.2])
 def test_one_audit_moves_a_rate_that_was_found_by_little(alignment):
     driver = at(Phase.STEER)
-    assert 1.0 / 1.5 <= driver.window(alignment) <= 1.5
+    assert 1.5**-4.0 <= driver.window(alignment) <= 1.5**0.5
     assert driver.phase is Phase.STEER
 
 
