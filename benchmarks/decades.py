@@ -56,15 +56,15 @@ CONSTANTS: dict[str, tuple[Any, str, tuple[Any, Any]]] = {
     **{
         f"{rule.__name__}.{name}": (rule, name, values)
         for rule, name, values in (
-            (SearchRule, "gain", (0.25, 1.0)),
-            (SearchRule, "boldest", (1.0, 4.0)),
-            (SearchRule, "share", (1 / 16, 1 / 4)),
+            (SearchRule, "waste", (0.35, 1.4)),
+            (SearchRule, "share", (1 / 8, 1 / 2)),
+            (SearchRule, "rise_errors", (0.25, 1.0)),
+            (SearchRule, "steer_up", (0.25, 1.0)),
+            (SearchRule, "downhill_room", (0.5, 2.0)),
             (SearchRule, "drift", (0.125, 0.5)),
             (SearchRule, "standard_errors", (1.0, 4.0)),
             (SearchRule, "first", (1.0, 4.0)),
             (SearchRule, "deep", (2.0, 8.0)),
-            (SearchRule, "target", (0.0, 0.3)),
-            (SearchRule, "noise", (0.25, 1.0)),
             (JudgeRule, "min_anchor_every", (3, 9)),
             (JudgeRule, "noise_steps", (8.0, 32.0)),
         )

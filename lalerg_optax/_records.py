@@ -203,15 +203,7 @@ class Look(NamedTuple):
       alignment_error: its standard error, float32.
       rise: mean product of gradient and way, float32.
       rise_error: its standard error, float32.
-      look_sum: see `RegulatorScalars`, as the next eight.
-      look_square: likewise.
-      look_cross: likewise.
-      look_weight: likewise.
-      look_weight_square: likewise.
-      look_rise: likewise.
-      look_rise_square: likewise.
-      look_variance: likewise.
-      num_looks: likewise.
+      look_sum, ..., num_looks: see `RegulatorScalars`.
     """
 
     is_seen: Any = False

@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from ._numbers import LARGEST
+from ._rise import averaged, room, share
 from ._scalars import count_if
 from ._search_rule import MacroScalars, Phase, SearchRule
 from ._verdict import Audit
 from ._windows import (
     Loss,
-    begin,
     choose,
     compare,
     is_first_window,
+    start_loss,
     start_window,
     variance_of_mean,
 )
@@ -64,61 +65,10 @@ def _scaled(state: MacroScalars, octaves: jax.Array, rule: SearchRule) -> MacroS
     return state._replace(macro_rate=rate)
 
 
-def _share(state: MacroScalars) -> jax.Array:
-    """Returns how much of the run so far the window is."""
-    return state.window_count / jnp.maximum(state.num_macro_steps, 1)
-
-
-def _averaged(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalars:
-    """Returns the averages of rise and loss after one more audit.
-
-    While the rate leaps, what was seen at other rates says nothing.
-    """
-    is_found = state.phase == Phase.STEER
-    weight = jnp.where(is_found, jnp.minimum(_share(state) / rule.share, 1.0), 1.0)
-    noise = (1.0 - weight) ** 2 * state.rise_noise + (weight * audit.rise_error) ** 2
-    return state._replace(
-        avg_rise=state.avg_rise + weight * (audit.rise - state.avg_rise),
-        rise_noise=noise,
-        avg_loss=state.avg_loss + weight * (state.window_mean - state.avg_loss),
-    )
-
-
-def _room(state: MacroScalars, rule: SearchRule) -> jax.Array:
-    """Returns by how many octaves the rate is too low, by the rise of the loss.
-
-    At a rate that is too high, params are beyond the lowest point of the way that they
-    came: the loss rises, by what the noise of the gradients costs. Some of that is
-    worth its while, because a schedule takes it back. In units of the loss, one bound
-    does for all: a share of the geometric mean of progress and noise.
-    """
-    span = jnp.maximum(rule.share * state.num_macro_steps, state.window_count)
-    error = jnp.sqrt(state.loss_variance / jnp.maximum(span, 1.0))
-    first = jnp.maximum(state.first_window_mean, state.start_loss)
-    gained = jnp.maximum(first - state.avg_loss, error)
-    share = _share(state)
-    scheduled = rule.waste * jnp.sqrt(share), rule.least_noise
-    annealed = rule.annealed_waste * share, rule.annealed_least_noise
-    waste, least = (
-        jnp.where(rule.anneal, a, s) for a, s in zip(annealed, scheduled, strict=True)
-    )
-    deviation = jnp.sqrt(state.loss_variance)
-    deviation = jnp.clip(deviation, least * gained, rule.most_noise * gained)
-    # roots one by one: the product may be no float32
-    allowed = waste * jnp.sqrt(gained) * jnp.sqrt(deviation)
-    error = jnp.sqrt(state.rise_noise)
-    is_downhill = state.avg_rise < -rule.clear_errors * error
-    rise = jnp.maximum(state.avg_rise, 0.0) + rule.rise_errors * error
-    octaves = -0.5 * jnp.log2(jnp.maximum(rise, 1e-33) / jnp.maximum(allowed, 1e-30))
-    octaves = jnp.where(is_downhill, jnp.maximum(octaves, rule.downhill_room), octaves)
-    most = _log2(rule.growth_factor)
-    return jnp.clip(octaves, -2.0 * most, most)
-
-
 def _leap(
     state: MacroScalars,
     rho: jax.Array,
-    room: jax.Array | None,
+    left: jax.Array | None,
     is_good: jax.Array,
     is_bad: jax.Array,
     is_found: jax.Array,
@@ -139,12 +89,12 @@ def _leap(
     octaves = jnp.where(is_found, 0.0, octaves)
     is_ended = (is_bad & is_begun & is_known) | is_found
     is_ended |= is_bad & (state.phase == Phase.SEARCH)
-    if room is not None:
+    if left is not None:
         # an alignment that is lost in noise, or zero, is no end while nothing rises
         is_over = loss.is_undone | loss.is_flat
-        is_early = is_ended & is_begun & ~is_over & (room >= 1.0)
-        octaves = jnp.where(is_begun, jnp.minimum(octaves, room), octaves)
-        octaves = jnp.where(is_early, 0.5 * room, octaves)
+        is_early = is_ended & is_begun & ~is_over & (left >= 1.0)
+        octaves = jnp.where(is_begun, jnp.minimum(octaves, left), octaves)
+        octaves = jnp.where(is_early, 0.5 * left, octaves)
         is_ended &= ~is_early
     phase = jnp.where(is_bad | is_begun, state.phase, Phase.SEARCH)
     # what a good alignment is, is learnt from down there
@@ -156,7 +106,7 @@ def _leap(
 
 
 def _steer(
-    state: MacroScalars, loss: Loss, room: jax.Array | None, rule: SearchRule
+    state: MacroScalars, loss: Loss, left: jax.Array | None, rule: SearchRule
 ) -> jax.Array:
     """STEER: small steps in octaves, by what is known of the rate."""
     by_loss = jnp.where(
@@ -164,21 +114,21 @@ def _steer(
         rule.steer_up,
         jnp.where(loss.is_worse, -1.0, 0.0),
     )
-    if room is None:
+    if left is None:
         error = rule.standard_errors * jnp.sqrt(state.alignment_noise)
         scale = jnp.maximum(state.best_alignment, jnp.abs(state.avg_alignment) + error)
         rho = state.avg_alignment / jnp.maximum(scale, 1e-30)
         target = jnp.where(rule.anneal, rule.annealed_target, rule.target)
         power = jnp.clip(rule.slope * (rho - target), -1.0, 1.0)
     else:
-        power = room / _log2(rule.slow_growth_factor)
+        power = left / _log2(rule.slow_growth_factor)
         power = jnp.clip(power, -rule.steer_down, rule.steer_up)
         # where nothing is left to gain, nothing rises either
         power = jnp.where(loss.is_flat, jnp.minimum(power, 0.0), power)
     # of a run that was taken up it is not known where it began
     is_blind = (state.num_audits == 0) | (state.best_alignment >= 1.0)
     power = jnp.where(is_blind, by_loss, power)
-    weight = jnp.minimum(_share(state) / rule.share, 1.0)
+    weight = jnp.minimum(share(state) / rule.share, 1.0)
     return jnp.where(
         loss.is_undone,
         _log2(rule.backoff_factor),
@@ -221,10 +171,8 @@ def step(
     has_value: bool,
 ) -> MacroScalars:
     """Returns what is known after an accepted step, whose loss was observed."""
-    if has_value:
-        seen = begin(seen, rule)
     loss = compare(seen, rule, has_value)
-    room = None
+    left = None
     is_found = jnp.zeros((), jnp.bool_)
     if audit is None:  # the loss is all that is known
         audited = seen
@@ -236,8 +184,8 @@ def step(
         is_audited = audit.is_taken
         audited = _estimate(seen, audit, rule)
         if has_value:
-            audited = _averaged(audited, audit, rule)
-            room = _room(audited, rule)
+            audited = averaged(audited, audit, rule)
+            left = room(audited, rule)
         mean, best = audited.avg_alignment, audited.best_alignment
         error = rule.standard_errors * jnp.sqrt(audited.alignment_noise)
         has_moved = audit.alignment != 0.0
@@ -281,15 +229,15 @@ def step(
             avg_loss=jnp.where(is_new, seen.window_mean, audited.avg_loss),
             start_loss=jnp.where(is_new, -LARGEST, audited.start_loss),
         )
-    leap, leapt = _leap(audited, rho, room, is_good, is_bad, is_found, loss, rule)
+    leap, leapt = _leap(audited, rho, left, is_good, is_bad, is_found, loss, rule)
     is_steered = (seen.phase == Phase.STEER) & ~is_reopened
-    octaves = jnp.where(is_steered, _steer(audited, loss, room, rule), leap)
+    octaves = jnp.where(is_steered, _steer(audited, loss, left, rule), leap)
     moved = _scaled(choose(is_steered, audited, leapt), octaves, rule)
     is_first = is_first_window(seen)
     # the start is what losses were until they had clearly come down
     is_start = (seen.phase <= Phase.SEARCH) & ~loss.is_down
     first = moved.first_window_mean
-    first += jnp.where(is_start, _share(seen), 0.0) * (seen.window_mean - first)
+    first += jnp.where(is_start, share(seen), 0.0) * (seen.window_mean - first)
     is_best = loss.is_best | is_first
     variance = variance_of_mean(seen)
     spread = variance * seen.window_count
@@ -305,4 +253,7 @@ def step(
         best_window_mean=jnp.where(is_best, seen.window_mean, moved.best_window_mean),
         num_windows=count_if(is_audited & has_value, seen.num_windows),
     )
-    return choose(is_audited, moved, seen)
+    known = choose(is_audited, moved, seen)
+    if not has_value:
+        return known
+    return known._replace(start_loss=start_loss(seen, known, rule))

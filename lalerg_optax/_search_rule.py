@@ -107,8 +107,9 @@ class MacroScalars(NamedTuple):
       alignment_spread: variance of that, if it may drift between audits, float32.
       alignment_noise: variance that the noise of looks alone gives it, float32.
       best_alignment: the largest that it clearly was, float32.
-      avg_rise: average rise of the loss from anchor to params, float32.
-      rise_noise: variance that the noise of looks gives it, float32.
+      avg_rise: average rise of the loss from anchor to params, in units of the squared
+        rate, float32.
+      avg_rise_error: its standard error, float32.
       avg_loss: average loss over the same share of the run, float32.
       start_loss: mean of the first losses, less its standard error, float32.
       window_mean: mean of the losses accepted since the last audit, float32.
@@ -135,7 +136,7 @@ class MacroScalars(NamedTuple):
     alignment_noise: Any = 0.0
     best_alignment: Any = 0.0
     avg_rise: Any = 0.0
-    rise_noise: Any = 0.0
+    avg_rise_error: Any = 0.0
     avg_loss: Any = 0.0
     start_loss: Any = -LARGEST
     window_mean: Any = 0.0

@@ -43,12 +43,12 @@ def observe(state: MacroScalars, loss: jax.Array | None) -> MacroScalars:
     )
 
 
-def begin(state: MacroScalars, rule: SearchRule) -> MacroScalars:
-    """Notes where a run begins, once there are losses enough."""
-    is_due = (state.num_windows == 0) & (state.window_count == rule.num_start)
-    is_due &= state.start_loss == -LARGEST
-    start = state.window_mean - jnp.sqrt(variance_of_mean(state))
-    return state._replace(start_loss=jnp.where(is_due, start, state.start_loss))
+def start_loss(seen: MacroScalars, known: MacroScalars, rule: SearchRule) -> jax.Array:
+    """Returns where a run begins, noted once there are losses enough."""
+    is_due = (seen.num_windows == 0) & (seen.window_count == rule.num_start)
+    is_due &= seen.start_loss == -LARGEST
+    start = seen.window_mean - jnp.sqrt(variance_of_mean(seen))
+    return jnp.where(is_due, start, known.start_loss)
 
 
 def start_window(state: MacroScalars) -> MacroScalars:

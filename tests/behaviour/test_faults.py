@@ -16,7 +16,8 @@ from jax import lax
 
 import lalerg_optax as lo
 
-zoo = benchmark("faults")
+zoo = benchmark("fault_zoo")
+loop = benchmark("train")
 
 NUM_STEPS, HIT = 400, 0.4  # where faults begin, in units of the run
 MORE = (  # than the tables of the benchmark have
@@ -77,7 +78,7 @@ def run_all(name, seed=0):
                 params = lo.apply_updates(params, updates, state)
             else:
                 params = optax.apply_updates(params, updates)
-            return (params, state), zoo.all_finite(params)
+            return (params, state), loop.is_finite(params)
 
         (params, _), finite = lax.scan(step, (start, tx.init(start)), (rows, plan))
         return loss_fn(params, train), finite.all()

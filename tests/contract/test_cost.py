@@ -109,9 +109,9 @@ def test_scalars_of_a_step_are_written_by_few_kernels():
         text = compiled_step(tx, make_params(num_leaves=1)).as_text()
         return len(re.findall(r" fusion\(", text))
 
-    # fifty scalars of regulator and macro level, and the logic of all of them; the
+    # sixty scalars of regulator and macro level, and the logic of all of them; the
     # limit that is set is 49, which they do not meet
-    assert num_kernels(lo.lalerg()) <= num_kernels(optax.adamw(1e-3)) + 69
+    assert num_kernels(lo.lalerg()) <= num_kernels(optax.adamw(1e-3)) + 85
 
 
 @pytest.mark.parametrize(

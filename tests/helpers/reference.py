@@ -194,16 +194,20 @@ class MacroRate:
                 value = float(np.clip(value, -1e16, 1e16))
             self.window.append(value)
             self.num_macro_steps += 1
-            self.begin()
+            start_loss = self.beginning()
             if audit is None:
                 if len(self.window) >= self.audit_every and self.has_value:
                     self.audit_window()
             elif hasattr(audit, "alignment"):
                 self.audit_alignment(audit)
+            if start_loss is not None:
+                self.start_loss = start_loss
         return self.macro_rate * updates
 
     def scale(self, factor):
         self.macro_rate = min(max(factor * self.macro_rate, 1 / MAX_RATE), MAX_RATE)
+        self.avg_rise *= factor**2
+        self.rise_noise *= factor**4
 
     def harm(self, reach):
         if self.phase in (START, RESTARTED):
@@ -214,12 +218,13 @@ class MacroRate:
         self.scale(factor)
         self.window = []
 
-    def begin(self):
-        """Notes the mean of the first losses, less its standard error."""
+    def beginning(self):
+        """Returns the mean of the first losses, less its standard error, when due."""
         is_due = self.has_value and self.num_windows == 0 and len(self.window) == 8
-        if is_due and self.start_loss == -LARGEST:
-            mean, variance = self.mean_and_variance()
-            self.start_loss = mean - math.sqrt(variance)
+        if not is_due or self.start_loss != -LARGEST:
+            return None
+        mean, variance = self.mean_and_variance()
+        return mean - math.sqrt(variance)
 
     def mean_and_variance(self):
         """Returns the mean loss of the window, and the variance of that mean.

@@ -14,11 +14,12 @@ from lalerg_optax._sums import global_norm
 @pytest.mark.parametrize(("size", "step"), [(1e15, 1e3), (1e-15, 1e-10), (1.0, 1e-3)])
 def test_a_look_back_is_exact_for_large_and_small_numbers(size, step, sign):
     grads, anchor = jnp.full(4, sign * size), jnp.full(4, step)
-    is_seen, alignment, reach = look_back(
+    is_seen, alignment, length, reach = look_back(
         grads, global_norm(grads), anchor, jnp.zeros(4)
     )
     assert is_seen
     np.testing.assert_allclose(alignment, sign, rtol=1e-5)
+    np.testing.assert_allclose(length, 4.0 * size * step, rtol=1e-5)
     np.testing.assert_allclose(reach, 1.0, rtol=1e-5)
 
 
@@ -33,7 +34,7 @@ def test_look_back_at_a_narrow_anchor_tells_up_from_down(length, sign):
     )
     params = jax.tree.map(lambda p, g: p - sign * length * g, start, grads)
     anchor = copy_params(start, "bfloat16")
-    is_seen, alignment, _ = look_back(grads, global_norm(grads), anchor, params)
+    is_seen, alignment, *_ = look_back(grads, global_norm(grads), anchor, params)
     assert is_seen
     assert sign * alignment > 3e-3, "three times what chance would give"
 
@@ -81,10 +82,10 @@ def test_an_anchor_in_host_memory_is_fetched_where_it_is_needed_alone(is_needed)
 def test_a_look_back_without_a_way_or_a_gradient_sees_nothing():
     here, there = jnp.ones(3), jnp.zeros(3)
     for grads, params, wanted in (
-        (jnp.zeros(3), there, (False, 0.0, 1.0)),
-        (jnp.array([1.0, jnp.inf, 0.0]), there, (False, 0.0, 1.0)),
-        (here, here, (True, 0.0, 0.0)),
-        (here, there, (True, 1.0, 1.0)),
+        (jnp.zeros(3), there, (False, 0.0, 0.0, 1.0)),
+        (jnp.array([1.0, jnp.inf, 0.0]), there, (False, 0.0, 0.0, 1.0)),
+        (here, here, (True, 0.0, 0.0, 0.0)),
+        (here, there, (True, 1.0, 3.0, 1.0)),
     ):
         seen = look_back(grads, global_norm(grads), here, params)
         np.testing.assert_allclose([float(x) for x in seen], wanted, atol=1e-6)

@@ -1,0 +1,61 @@
+"""Rise: how much the loss rises on the way from the anchor to the params, and may."""
+
+import jax
+import jax.numpy as jnp
+
+from ._numbers import LARGEST
+from ._search_rule import MacroScalars, Phase, SearchRule
+from ._verdict import Audit
+
+
+def share(state: MacroScalars) -> jax.Array:
+    """Returns how much of the run so far the window is."""
+    return state.window_count / jnp.maximum(state.num_macro_steps, 1)
+
+
+def averaged(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalars:
+    """Returns the averages of rise and loss after one more audit.
+
+    A rise grows with the square of the rate, and is averaged in units of that. While
+    the rate leaps, what was seen at other rates says nothing.
+    """
+    is_found = state.phase == Phase.STEER
+    weight = jnp.where(is_found, jnp.minimum(share(state) / rule.share, 1.0), 1.0)
+    unit = state.macro_rate**2
+    rise = jnp.clip(audit.rise / unit, -LARGEST, LARGEST)
+    error = jnp.minimum(audit.rise_error / unit, LARGEST)
+    return state._replace(
+        avg_rise=state.avg_rise + weight * (rise - state.avg_rise),
+        avg_rise_error=jnp.hypot((1.0 - weight) * state.avg_rise_error, weight * error),
+        avg_loss=state.avg_loss + weight * (state.window_mean - state.avg_loss),
+    )
+
+
+def room(state: MacroScalars, rule: SearchRule) -> jax.Array:
+    """Returns by how many octaves the rate is too low, by the rise of the loss.
+
+    At a rate that is too high, params are beyond the lowest point of the way that they
+    came: the loss rises, by what the noise of the gradients costs. Some of that is
+    worth its while, because a schedule takes it back. In units of the loss, one bound
+    does for all: a share of the geometric mean of progress and noise.
+    """
+    span = jnp.maximum(rule.share * state.num_macro_steps, state.window_count)
+    error = jnp.sqrt(state.loss_variance / jnp.maximum(span, 1.0))
+    first = jnp.maximum(state.first_window_mean, state.start_loss)
+    gained = jnp.maximum(first - state.avg_loss, error)
+    part = share(state)
+    waste = jnp.where(
+        rule.anneal, rule.annealed_waste * part, rule.waste * jnp.sqrt(part)
+    )
+    least = jnp.where(rule.anneal, rule.annealed_least_noise, rule.least_noise)
+    deviation = jnp.sqrt(state.loss_variance)
+    deviation = jnp.clip(deviation, least * gained, rule.most_noise * gained)
+    # roots one by one: the product may be no float32
+    allowed = waste * jnp.sqrt(gained) * jnp.sqrt(deviation)
+    is_downhill = state.avg_rise < -rule.clear_errors * state.avg_rise_error
+    rise = jnp.maximum(state.avg_rise, 0.0) + rule.rise_errors * state.avg_rise_error
+    rise *= state.macro_rate**2
+    octaves = -0.5 * jnp.log2(jnp.maximum(rise, 1e-33) / jnp.maximum(allowed, 1e-30))
+    octaves = jnp.where(is_downhill, jnp.maximum(octaves, rule.downhill_room), octaves)
+    most = jnp.log2(jnp.asarray(rule.growth_factor, jnp.float32))
+    return jnp.clip(octaves, -2.0 * most, most)
