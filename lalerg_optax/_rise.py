@@ -47,11 +47,13 @@ def room(state: MacroScalars, rule: SearchRule) -> jax.Array:
     waste = jnp.where(
         rule.anneal, rule.annealed_waste * part, rule.waste * jnp.sqrt(part)
     )
-    least = jnp.where(rule.anneal, rule.annealed_least_noise, rule.least_noise)
-    deviation = jnp.sqrt(state.loss_variance)
-    deviation = jnp.clip(deviation, least * gained, rule.most_noise * gained)
+    noise = jnp.sqrt(state.loss_variance)
+    deviation = jnp.clip(noise, rule.least_noise * gained, rule.most_noise * gained)
     # roots one by one: the product may be no float32
-    allowed = waste * jnp.sqrt(gained) * jnp.sqrt(deviation)
+    mean = jnp.sqrt(gained) * jnp.sqrt(deviation)
+    # without noise, and without a schedule, no rise is worth anything for long
+    calm = noise / jnp.sqrt(jnp.asarray(rule.least_noise, jnp.float32))
+    allowed = waste * jnp.where(rule.anneal, jnp.minimum(mean, calm), mean)
     is_downhill = state.avg_rise < -rule.clear_errors * state.avg_rise_error
     rise = jnp.maximum(state.avg_rise, 0.0) + rule.rise_errors * state.avg_rise_error
     rise *= state.macro_rate**2

@@ -24,12 +24,11 @@ class SearchRule(NamedTuple):
         audits of fewer steps the rate is steered by less.
       waste: rise on the way from the anchor to the params that a good rate has, in
         units of the square root of share of the run, progress, and noise of a loss.
-        Chosen, as the next eight, on development tasks of ``benchmarks/noise.py`` and
+        Chosen, as the next seven, on development tasks of ``benchmarks/noise.py`` and
         ``benchmarks/decades.py``.
       annealed_waste: the same where no schedule is still to fall, in units of the share
         itself: there the rate has to fall on and on.
       least_noise: deviation of a loss, in units of the progress, at least.
-      annealed_least_noise: the same where no schedule is still to fall.
       most_noise: the same, at most.
       rise_errors: standard errors that are added to a rise.
       clear_errors: standard errors below zero at which the way leads on downhill.
@@ -63,7 +62,6 @@ class SearchRule(NamedTuple):
     waste: float = 0.7
     annealed_waste: float = 2.0
     least_noise: float = 0.01
-    annealed_least_noise: float = 1e-4
     most_noise: float = 3.0
     rise_errors: float = 0.5
     clear_errors: float = 3.0

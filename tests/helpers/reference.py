@@ -383,10 +383,11 @@ class MacroRate:
         span = max(self.num_macro_steps / 4.0, len(self.window))
         first = max(self.first_window_mean, self.start_loss)
         gained = max(first - self.avg_loss, deviation / math.sqrt(span))
-        least = 1e-4 if self.anneal else 0.01
-        deviation = min(max(deviation, least * gained), 3.0 * gained)
-        waste = 2.0 * self.share if self.anneal else 0.7 * math.sqrt(self.share)
-        allowed = waste * math.sqrt(gained * deviation)
+        calm = 10.0 * deviation
+        deviation = min(max(deviation, 0.01 * gained), 3.0 * gained)
+        allowed = 0.7 * math.sqrt(self.share) * math.sqrt(gained * deviation)
+        if self.anneal:
+            allowed = 2.0 * self.share * min(math.sqrt(gained * deviation), calm)
         error = math.sqrt(self.rise_noise)
         rise = max(self.avg_rise, 0.0) + 0.5 * error
         octaves = -0.5 * math.log2(max(rise, 1e-33) / max(allowed, 1e-30))
