@@ -57,10 +57,10 @@ def adopt(
       counts as passed, so that no revert goes back to the start of the run, of which
       it knows nothing, and none wipes the moments out.
     * A macro level that is new has found its rate, :math:`r = 1`, :math:`t` steps lie
-      behind it, and the best alignment is taken for 1: with ``search=True`` it steers
-      on in small steps, and leaps only where the alignment is clearly above a half.
-      ``search=False`` leaves the rate alone, and is what a run wants whose rate was
-      right.
+      behind it, and the best alignment is taken for 1: with ``search=True`` it goes
+      on in small steps by the loss, and leaps only where the alignment is clearly above
+      a half. ``search=False`` leaves the rate alone, and is what a run wants whose rate
+      was right.
 
     On the way back what is left behind are the factors of the learning rate,
     ``macro_rate`` and ``damping`` (`metrics`): where they are not 1, multiply the

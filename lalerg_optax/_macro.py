@@ -43,9 +43,9 @@ def under_way(
 ) -> ScaleByMacroRateState:
     """Returns the state as it would be had the search ended at this rate.
 
-    How well steps are aligned at smaller rates was never seen. Taken for 1, than which
-    no cosine is larger, it makes for the most careful steps: it takes an alignment
-    clearly above a half for a leap, and noisy runs are steered to an alignment of 0.
+    How well steps are aligned at smaller rates, and where the loss began, was never
+    seen. The best alignment is taken for 1, than which no cosine is larger: one that is
+    clearly above a half is followed by a leap, and else the loss alone steers.
 
     Args:
       state: a state of `scale_by_macro_rate`.
@@ -78,8 +78,9 @@ def scale_by_macro_rate(
     Inside `error_regulate` with ``audit=True``, every few steps fresh gradients tell
     the alignment :math:`c` with the way back to the anchor, and its standard error.
     With :math:`c^*` the best so far and :math:`\rho = c / \max(c^*, |c|)`, the rate
-    :math:`r` leaps up, and once a leap was too far, it is steered by the loss and by
-    :math:`\rho`:
+    :math:`r` leaps up, and once a leap was too far, it is steered to where the loss
+    rises, on the way from the anchor to the params, by what progress and noise are
+    worth:
 
     .. math::
 
@@ -101,8 +102,9 @@ def scale_by_macro_rate(
 
     Args:
       search: whether to look for the rate; if False, it is 1.
-      anneal: whether the rate falls when the loss stalls. Leave that to the schedule
-        where there is one that decays; `lalerg` sets it where there is none.
+      anneal: whether the rate falls on and on, as the run gets longer. Leave that to
+        the schedule where there is one that decays; `lalerg` sets it where there is
+        none.
       growth_factor: largest leap of the search, at least 1.
       slow_growth_factor: unit of the steps once the search is over, at least 1.
       backoff_factor: cut, in (0, 1].

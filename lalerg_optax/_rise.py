@@ -6,11 +6,7 @@ import jax.numpy as jnp
 from ._numbers import LARGEST
 from ._search_rule import MacroScalars, Phase, SearchRule
 from ._verdict import Audit
-
-
-def share(state: MacroScalars) -> jax.Array:
-    """Returns how much of the run so far the window is."""
-    return state.window_count / jnp.maximum(state.num_macro_steps, 1)
+from ._windows import share, weight
 
 
 def averaged(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalars:
@@ -19,19 +15,20 @@ def averaged(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalar
     A rise grows with the square of the rate, and is averaged in units of that. While
     the rate leaps, what was seen at other rates says nothing.
     """
-    is_found = state.phase == Phase.STEER
-    weight = jnp.where(is_found, jnp.minimum(share(state) / rule.share, 1.0), 1.0)
+    new = jnp.where(state.phase == Phase.STEER, weight(state, rule), 1.0)
+    is_first = state.num_windows == 0  # losses may come later than audits
+    new_loss = jnp.where(is_first, 1.0, new)
     unit = state.macro_rate**2
     rise = jnp.clip(audit.rise / unit, -LARGEST, LARGEST)
     error = jnp.minimum(audit.rise_error / unit, LARGEST)
     return state._replace(
-        avg_rise=state.avg_rise + weight * (rise - state.avg_rise),
-        avg_rise_error=jnp.hypot((1.0 - weight) * state.avg_rise_error, weight * error),
-        avg_loss=state.avg_loss + weight * (state.window_mean - state.avg_loss),
+        avg_rise=state.avg_rise + new * (rise - state.avg_rise),
+        avg_rise_error=jnp.hypot((1.0 - new) * state.avg_rise_error, new * error),
+        avg_loss=state.avg_loss + new_loss * (state.window_mean - state.avg_loss),
     )
 
 
-def room(state: MacroScalars, rule: SearchRule) -> jax.Array:
+def room_left(state: MacroScalars, rule: SearchRule) -> jax.Array:
     """Returns by how many octaves the rate is too low, by the rise of the loss.
 
     At a rate that is too high, params are beyond the lowest point of the way that they

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ._numbers import LARGEST
-from ._rise import averaged, room, share
+from ._rise import averaged, room_left
 from ._scalars import count_if
 from ._search_rule import MacroScalars, Phase, SearchRule
 from ._verdict import Audit
@@ -15,9 +15,11 @@ from ._windows import (
     choose,
     compare,
     is_first_window,
+    share,
     start_loss,
     start_window,
     variance_of_mean,
+    weight,
 )
 
 
@@ -68,7 +70,7 @@ def _scaled(state: MacroScalars, octaves: jax.Array, rule: SearchRule) -> MacroS
 def _leap(
     state: MacroScalars,
     rho: jax.Array,
-    left: jax.Array | None,
+    room: jax.Array | None,
     is_good: jax.Array,
     is_bad: jax.Array,
     is_found: jax.Array,
@@ -89,12 +91,12 @@ def _leap(
     octaves = jnp.where(is_found, 0.0, octaves)
     is_ended = (is_bad & is_begun & is_known) | is_found
     is_ended |= is_bad & (state.phase == Phase.SEARCH)
-    if left is not None:
+    if room is not None:
         # an alignment that is lost in noise, or zero, is no end while nothing rises
         is_over = loss.is_undone | loss.is_flat
-        is_early = is_ended & is_begun & ~is_over & (left >= 1.0)
-        octaves = jnp.where(is_begun, jnp.minimum(octaves, left), octaves)
-        octaves = jnp.where(is_early, 0.5 * left, octaves)
+        is_early = is_ended & is_begun & ~is_over & (room >= 1.0)
+        octaves = jnp.where(is_begun, jnp.minimum(octaves, room), octaves)
+        octaves = jnp.where(is_early, 0.5 * room, octaves)
         is_ended &= ~is_early
     phase = jnp.where(is_bad | is_begun, state.phase, Phase.SEARCH)
     # what a good alignment is, is learnt from down there
@@ -106,7 +108,7 @@ def _leap(
 
 
 def _steer(
-    state: MacroScalars, loss: Loss, left: jax.Array | None, rule: SearchRule
+    state: MacroScalars, loss: Loss, room: jax.Array | None, rule: SearchRule
 ) -> jax.Array:
     """STEER: small steps in octaves, by what is known of the rate."""
     by_loss = jnp.where(
@@ -114,25 +116,24 @@ def _steer(
         rule.steer_up,
         jnp.where(loss.is_worse, -1.0, 0.0),
     )
-    if left is None:
+    if room is None:
         error = rule.standard_errors * jnp.sqrt(state.alignment_noise)
         scale = jnp.maximum(state.best_alignment, jnp.abs(state.avg_alignment) + error)
         rho = state.avg_alignment / jnp.maximum(scale, 1e-30)
         target = jnp.where(rule.anneal, rule.annealed_target, rule.target)
         power = jnp.clip(rule.slope * (rho - target), -1.0, 1.0)
     else:
-        power = left / _log2(rule.slow_growth_factor)
+        power = room / _log2(rule.slow_growth_factor)
         power = jnp.clip(power, -rule.steer_down, rule.steer_up)
         # where nothing is left to gain, nothing rises either
         power = jnp.where(loss.is_flat, jnp.minimum(power, 0.0), power)
     # of a run that was taken up it is not known where it began
     is_blind = (state.num_audits == 0) | (state.best_alignment >= 1.0)
     power = jnp.where(is_blind, by_loss, power)
-    weight = jnp.minimum(share(state) / rule.share, 1.0)
     return jnp.where(
         loss.is_undone,
         _log2(rule.backoff_factor),
-        weight * power * _log2(rule.slow_growth_factor),
+        weight(state, rule) * power * _log2(rule.slow_growth_factor),
     )
 
 
@@ -161,6 +162,27 @@ def _blind_audit(
     return rho, is_known & (rise < -margin), is_known & (rise > margin)
 
 
+def _remembered(seen: MacroScalars, moved: MacroScalars, loss: Loss) -> MacroScalars:
+    """Returns what is remembered of the losses of a window that is over."""
+    is_first = is_first_window(seen)
+    # the start is what losses were until they had clearly come down
+    is_start = (seen.phase <= Phase.SEARCH) & ~loss.is_down
+    first = moved.first_window_mean
+    first += jnp.where(is_start, share(seen), 0.0) * (seen.window_mean - first)
+    is_best = loss.is_best | is_first
+    variance = variance_of_mean(seen)
+    spread = variance * seen.window_count
+    average = seen.loss_variance + 0.25 * (spread - seen.loss_variance)
+    return moved._replace(
+        first_window_mean=jnp.where(is_first, seen.window_mean, first),
+        loss_variance=jnp.where(is_first, spread, average),
+        last_window_mean=seen.window_mean,
+        last_window_variance=variance,
+        best_window_mean=jnp.where(is_best, seen.window_mean, moved.best_window_mean),
+        num_windows=count_if(jnp.ones((), jnp.bool_), seen.num_windows),
+    )
+
+
 # jit: outside of a jitted step, every operation would be dispatched by itself
 @functools.partial(jax.jit, static_argnames="has_value", inline=True)
 def step(
@@ -172,7 +194,7 @@ def step(
 ) -> MacroScalars:
     """Returns what is known after an accepted step, whose loss was observed."""
     loss = compare(seen, rule, has_value)
-    left = None
+    room = None
     is_found = jnp.zeros((), jnp.bool_)
     if audit is None:  # the loss is all that is known
         audited = seen
@@ -185,7 +207,7 @@ def step(
         audited = _estimate(seen, audit, rule)
         if has_value:
             audited = averaged(audited, audit, rule)
-            left = room(audited, rule)
+            room = room_left(audited, rule)
         mean, best = audited.avg_alignment, audited.best_alignment
         error = rule.standard_errors * jnp.sqrt(audited.alignment_noise)
         has_moved = audit.alignment != 0.0
@@ -229,31 +251,12 @@ def step(
             avg_loss=jnp.where(is_new, seen.window_mean, audited.avg_loss),
             start_loss=jnp.where(is_new, -LARGEST, audited.start_loss),
         )
-    leap, leapt = _leap(audited, rho, left, is_good, is_bad, is_found, loss, rule)
+    leap, leapt = _leap(audited, rho, room, is_good, is_bad, is_found, loss, rule)
     is_steered = (seen.phase == Phase.STEER) & ~is_reopened
-    octaves = jnp.where(is_steered, _steer(audited, loss, left, rule), leap)
+    octaves = jnp.where(is_steered, _steer(audited, loss, room, rule), leap)
     moved = _scaled(choose(is_steered, audited, leapt), octaves, rule)
-    is_first = is_first_window(seen)
-    # the start is what losses were until they had clearly come down
-    is_start = (seen.phase <= Phase.SEARCH) & ~loss.is_down
-    first = moved.first_window_mean
-    first += jnp.where(is_start, share(seen), 0.0) * (seen.window_mean - first)
-    is_best = loss.is_best | is_first
-    variance = variance_of_mean(seen)
-    spread = variance * seen.window_count
-    moved = start_window(moved)._replace(
-        first_window_mean=jnp.where(is_first, seen.window_mean, first),
-        loss_variance=jnp.where(
-            is_first,
-            spread,
-            seen.loss_variance + 0.25 * (spread - seen.loss_variance),
-        ),
-        last_window_mean=seen.window_mean,
-        last_window_variance=variance,
-        best_window_mean=jnp.where(is_best, seen.window_mean, moved.best_window_mean),
-        num_windows=count_if(is_audited & has_value, seen.num_windows),
-    )
-    known = choose(is_audited, moved, seen)
+    moved = start_window(moved)
     if not has_value:
-        return known
+        return choose(is_audited, moved, seen)
+    known = choose(is_audited, _remembered(seen, moved, loss), seen)
     return known._replace(start_loss=start_loss(seen, known, rule))

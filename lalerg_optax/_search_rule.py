@@ -10,7 +10,7 @@ class SearchRule(NamedTuple):
     """Numbers of the search; those that users see may be traced.
 
     Attributes:
-      anneal: whether the rate falls when the loss stalls.
+      anneal: whether the rate falls on and on: where no schedule does.
       growth_factor: see `scale_by_macro_rate`, as the next four.
       slow_growth_factor: likewise.
       backoff_factor: likewise.

@@ -60,9 +60,19 @@ def start_window(state: MacroScalars) -> MacroScalars:
     )
 
 
+def share(state: MacroScalars) -> jax.Array:
+    """Returns how much of the run so far the window is."""
+    return state.window_count / jnp.maximum(state.num_macro_steps, 1)
+
+
+def weight(state: MacroScalars, rule: SearchRule) -> jax.Array:
+    """Returns how much the window counts, once the rate is found."""
+    return jnp.minimum(share(state) / rule.share, 1.0)
+
+
 def variance_of_mean(state: MacroScalars) -> jax.Array:
     n = jnp.maximum(state.window_count, 2).astype(jnp.float32)
-    return state.window_sum_of_squares / ((n - 1.0) * n)
+    return jnp.maximum(state.window_sum_of_squares, 0.0) / ((n - 1.0) * n)
 
 
 class Loss(NamedTuple):
@@ -88,9 +98,10 @@ def compare(state: MacroScalars, rule: SearchRule, has_value: bool) -> Loss:
     margin = rule.standard_errors * jnp.sqrt(2.0 * state.loss_variance / count)
     is_first = is_first_window(state)
     is_worse = ~is_first & (rise > margin) & has_value
-    pace = state.window_count / jnp.maximum(state.num_macro_steps, 1)
     best_progress = state.first_window_mean - state.best_window_mean
-    least = rule.least_gain * pace * (state.first_window_mean - state.window_mean)
+    least = (
+        rule.least_gain * share(state) * (state.first_window_mean - state.window_mean)
+    )
     is_clear = ~is_first & (best_progress > 2.0 * margin) & has_value
     # at the floor the losses differ by less than they did on the way
     close = rule.standard_errors * jnp.sqrt(2.0 * variance_of_mean(state))

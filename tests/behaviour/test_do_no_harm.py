@@ -31,7 +31,10 @@ def minibatches(num_steps):
 
 def initial_params(width=32):
     rng = np.random.default_rng(1)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     return {
         "hidden": {"w": normal(64, width) / 8.0, "b": np.zeros(width, np.float32)},
         "out": {"w": normal(width, 10) / width**0.5, "b": np.zeros(10, np.float32)},

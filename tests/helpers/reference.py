@@ -261,6 +261,9 @@ class MacroRate:
 
     def finish(self):
         """Remembers the window, and starts another one."""
+        if not self.has_value:
+            self.window = []
+            return
         mean, variance = self.mean_and_variance()
         spread = variance * len(self.window)
         part = 1.0 if self.is_first else self.share
@@ -273,7 +276,7 @@ class MacroRate:
         if self.is_first or self.is_best:
             self.best_window_mean = mean
         self.last_window_mean, self.last_window_variance = mean, variance
-        self.num_windows += self.has_value
+        self.num_windows += 1
         self.window = []
 
     @property
@@ -377,6 +380,8 @@ class MacroRate:
         self.avg_rise += weight * (audit.rise - self.avg_rise)
         self.rise_noise *= (1.0 - weight) ** 2
         self.rise_noise += (weight * audit.rise_error) ** 2
+        if self.num_windows == 0:  # losses may come later than audits
+            weight = 1.0
         self.avg_loss += weight * (mean - self.avg_loss)
 
         deviation = math.sqrt(self.loss_variance)

@@ -221,7 +221,10 @@ def test_single_outlier_gradient_norm_is_skipped_and_changes_nothing():
     assert exceptions(report["verdict"]) == {200: SKIP}
     assert report["scaled_error"][200] < 1.0 < report["scaled_norm_error"][200]
     assert report["num_skipped"][-1] == 1
-    at = lambda tree, t: jax.tree.map(lambda x: x[t], tree)  # noqa: E731
+
+    def at(tree, t):
+        return jax.tree.map(lambda x: x[t], tree)
+
     chex.assert_trees_all_equal(all_params[201], all_params[200])
     # our own links keep their state bit for bit: only their counters of it move
     micro, _, macro, _ = states.inner_state

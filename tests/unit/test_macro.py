@@ -11,9 +11,12 @@ import lalerg_optax as lo
 from lalerg_optax._search_rule import Phase
 
 
+@pytest.mark.parametrize("num_without_loss", [0, 100])
 @pytest.mark.parametrize("anneal", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_made_up_audits_in_every_state_move_the_rate_as_in_the_reference(seed, anneal):
+def test_made_up_audits_in_every_state_move_the_rate_as_in_the_reference(
+    seed, anneal, num_without_loss
+):
     rng = np.random.default_rng(seed)
     driver, macro = Driver(anneal=anneal), reference.MacroRate(anneal=anneal)
     phases = set()
@@ -26,6 +29,7 @@ def test_made_up_audits_in_every_state_move_the_rate_as_in_the_reference(seed, a
         noise = float(np.float32(0.2 * error))
         level *= 1.01 if rng.random() < 0.3 else 0.99
         value = float(np.float32(level + rng.normal(0.0, 0.1)))
+        value = None if step < num_without_loss else value
         length = float(np.float32(10.0 ** rng.uniform(-4.0, 0.0)))
         driver.tell(
             alignment if has_audit else None, value, noise, harm=harm, length=length

@@ -243,6 +243,20 @@ def test_at_the_floor_of_the_loss_the_rate_does_not_grow():
     assert driver.rate == before
 
 
+def test_losses_that_come_after_audits_without_one_begin_the_record():
+    driver = Driver()
+    for alignment in (0.8, 0.8, -0.8, -0.2, -0.2):
+        driver.window(alignment, value=None)
+    assert driver.phase is Phase.STEER
+    assert driver.state.num_windows == 0
+    driver.window(-0.2, value=5.0, noise=1.0)
+    state = driver.state
+    assert (state.first_window_mean, state.best_window_mean) == (5.0, 5.0)
+    assert state.avg_loss == 5.0
+    for name in MacroScalars._fields:
+        assert np.isfinite(getattr(state, name)), name
+
+
 def test_without_a_loss_the_alignment_alone_steers():
     factors = {}
     for alignment in (-0.5, 0.1):
