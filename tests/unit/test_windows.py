@@ -29,6 +29,17 @@ def test_mean_and_spread_are_those_of_the_losses(offset):
     np.testing.assert_allclose(variance_of_mean(state), wanted, rtol=1e-3)
 
 
+def test_steps_without_a_loss_are_counted_and_are_no_losses():
+    state = start_window(window([]))
+    for _ in range(5):
+        state = observe(state, None)
+    assert (state.window_count, state.num_macro_steps) == (5, 45)
+    assert variance_of_mean(state) == 0.0
+    state = observe(state, jnp.float32(3.0))
+    assert (state.window_count, state.num_macro_steps) == (1, 46)
+    assert (state.window_mean, state.window_sum_of_squares) == (3.0, 0.0)
+
+
 def test_a_window_that_starts_again_has_nothing_in_it():
     state = start_window(window([1.0, 2.0, 4.0]))
     assert (state.window_count, state.window_mean) == (0, 0.0)
