@@ -113,7 +113,7 @@ def _steer(
     """STEER: small steps in octaves, by what is known of the rate."""
     by_loss = jnp.where(
         loss.is_best & loss.is_gaining,
-        rule.steer_up,
+        1.0,
         jnp.where(loss.is_worse, -1.0, 0.0),
     )
     if room is None:

@@ -41,6 +41,21 @@ def test_search_raises_a_rate_that_is_too_small_and_only_if_asked_to():
     assert loss > 10.0
 
 
+@pytest.mark.parametrize("learning_rate", [1e-4, 1e-3])
+def test_by_the_loss_alone_a_rate_that_is_too_small_grows_while_the_loss_falls(
+    learning_rate,
+):
+    start = jnp.array([3.0, -2.0, 1.0])
+    sgd = optax.sgd(learning_rate)
+    alone, state = descend(optax.chain(lo.scale_by_macro_rate(), sgd), start, 300)
+    bare, _ = descend(sgd, start, 300)
+    assert lo.metrics(state)["macro_rate"] > 16.0
+    # what is left of it goes with the exponent of the rate
+    assert jnp.log(square(alone) / square(start)) < 4.0 * jnp.log(
+        square(bare) / square(start)
+    )
+
+
 CURVATURE = jnp.logspace(-1.0, 0.5, 20)
 
 

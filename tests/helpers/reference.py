@@ -430,7 +430,7 @@ class MacroRate:
         c, best = self.avg_alignment, self.best_alignment
         if self.num_audits == 0 or best >= 1.0:  # the loss is all that is known
             power = -1.0 if self.is_worse else 0.0
-            power = 0.5 if self.is_best and self.is_gaining else power
+            power = 1.0 if self.is_best and self.is_gaining else power
         elif self.room is None:
             rho = c / max(best, abs(c) + 2.0 * math.sqrt(self.noise), 1e-30)
             power = 2.0 * (rho - (0.15 if self.anneal else -0.2))
