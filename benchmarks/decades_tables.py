@@ -105,7 +105,7 @@ def task_table(results: Results) -> list[str]:
     """Returns how lalerg does on every task."""
     lines, held_out = [], []
     for task in results.common(LALERG.name):
-        reverted = results.get(task, LALERG.name, "num_reverted")
+        reverted = results.get(task, LALERG.name, "num_revert_steps")
         share = 100 * reverted / results.runs[task, LALERG.name]["num_steps"]
         held_out.append(np.median(results.excess(task, LALERG.name, "test_loss")))
         lines.append(

@@ -93,7 +93,7 @@ def run(
     }
     if peer.is_own:
         report = lo.metrics(end.state)
-        result |= {k: report[k] for k in ("num_skipped", "num_reverted")}
+        result |= {k: report[k] for k in ("num_skipped", "num_revert_steps")}
     if seen is not None:
         result |= {"losses": losses, "seen": seen}
     return result

@@ -229,7 +229,7 @@ def miss_table(results: Runs) -> list[str]:
             excess = results.excess_of(task, optimizer.name)
             skipped, reverted = (
                 results.get(task, optimizer.name, field)
-                for field in ("num_skipped", "num_reverted")
+                for field in ("num_skipped", "num_revert_steps")
             )
             for i, seed in np.argwhere(excess > WITHIN):
                 lines.append(

@@ -134,7 +134,8 @@ def trainer(task: Task, method: Method, form: str, num_steps: int) -> Callable:
         told = {"is_alive": is_finite(end.params)}
         if form != BARE:
             report = lo.metrics(end.state)
-            told |= {k: report[f"num_{k}"] for k in ("skipped", "reverted")}
+            told |= {"skipped": report["num_skipped"]}
+            told |= {"reverted": report["num_revert_steps"]}
         return evaluated(method, form, end.state, end.params), end.rest, told
 
     return run

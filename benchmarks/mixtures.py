@@ -130,7 +130,7 @@ def run(
     told = {
         "num_accepted": (~is_rejected).sum(),
         "num_skipped": is_skipped.sum(),
-        "num_reverted": is_reverted.sum(),
+        "num_revert_steps": is_reverted.sum(),
     }
     if peer.is_own:
         report = lo.metrics(end.state)

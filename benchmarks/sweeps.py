@@ -59,7 +59,7 @@ class Row(NamedTuple):
 def seen(state: PyTree) -> dict[str, jax.Array]:
     """Returns what is stored of a run of lalerg."""
     report = lo.metrics(state)
-    names = ("num_reverted", "num_skipped", "macro_rate")
+    names = ("num_revert_steps", "num_skipped", "macro_rate")
     return {name: report[name] for name in names}
 
 

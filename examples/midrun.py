@@ -253,7 +253,7 @@ def main() -> None:
 
     # ... and handed back; AdamW has no place for the damping, which should be 1 again
     params, opt_state = protected.carry
-    damping = float(lo.metrics(opt_state)["damping"])
+    damping = float(lo.metrics(opt_state)["damping_factor"])
     protected.carry = params, lo.adopt(adamw, params, opt_state)
     protected.go_on(plain_step, bad, plan.end)
 

@@ -227,7 +227,7 @@ def improve(
     run = run._replace(key=key, params=carry[0], opt_state=carry[1])
     told = {"length": run.last_length.mean(), "loss": losses.mean()}
     if kind != "adamw":
-        names = ("num_skipped", "num_reverted", "macro_rate", "damping")
+        names = ("num_skipped", "num_revert_steps", "macro_rate", "damping_factor")
         told |= {name: lo.metrics(run.opt_state)[name] for name in names}
     return run, told
 
@@ -271,9 +271,9 @@ def print_table(
                 cells += ["-", "-", f"{rate:.0e}"]
             else:
                 num_steps = num_updates * EPOCHS * NUM_MINIBATCHES
-                for name in ("num_skipped", "num_reverted"):
+                for name in ("num_skipped", "num_revert_steps"):
                     cells.append(f"{told[name][-1, i].mean() / num_steps:.2%}")
-                factor = np.median((told["macro_rate"] * told["damping"])[-1, i])
+                factor = np.median((told["macro_rate"] * told["damping_factor"])[-1, i])
                 cells.append(f"{rate * factor:.0e}")
             is_last = contender is list(runs)[-1]
             table.add_row(f"{rate:.0e}", contender.name, *cells, end_section=is_last)
@@ -290,7 +290,7 @@ def draw(
         for contender, told in runs.items():
             steps = NUM_ENVS * ROLLOUT * np.arange(1, 1 + len(told["length"])) / 1000
             style = {"color": contender.color, "ls": contender.dashes, "lw": 1.4}
-            factor = told.get("macro_rate", 1.0) * told.get("damping", 1.0)
+            factor = told.get("macro_rate", 1.0) * told.get("damping_factor", 1.0)
             curves = (told["length"], told["loss"], factor * rate + 0 * told["loss"])
             for axes, curve in zip(panels[:, i], curves, strict=True):
                 axes.plot(steps, np.median(curve[:, i], axis=1), **style)

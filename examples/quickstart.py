@@ -165,14 +165,14 @@ def print_table(runs: Runs) -> None:
     table = Table(
         title="After training",
         caption="accuracy: on test images; loss: of the last training batch; "
-        "skipped, reverted: steps dropped, and spent on going back (two each time)",
+        "skipped: steps dropped; reverts: how often params went back (two steps each)",
     )
-    for column in ("condition", "optimizer", "accuracy", "loss", "skipped", "reverted"):
+    for column in ("condition", "optimizer", "accuracy", "loss", "skipped", "reverts"):
         table.add_column(column, justify="left" if column == "condition" else "right")
     for (condition, name), records in runs.items():
         last = records[-1]
         numbers = (f"{last['accuracy']:.1%}", f"{last['loss']:.1e}")
-        counts = (str(last.get(f"num_{kind}", "-")) for kind in ("skipped", "reverted"))
+        counts = (str(last.get(f"num_{kind}", "-")) for kind in ("skipped", "reverts"))
         is_last = name == list(MAKERS)[-1]
         table.add_row(condition.name, name, *numbers, *counts, end_section=is_last)
     Console().print(table)
@@ -212,7 +212,9 @@ def draw(runs: Runs, path: str) -> None:
     for (condition, name), records in runs.items():
         top, bottom = panels[:, CONDITIONS.index(condition)]
         draw_loss(top, name, records)
-        factors = [r.get("macro_rate", 1.0) * r.get("damping", 1.0) for r in records]
+        factors = [
+            r.get("macro_rate", 1.0) * r.get("damping_factor", 1.0) for r in records
+        ]
         bottom.plot(condition.rate * np.array(factors), color=COLORS[name], lw=1.4)
         bottom.set_xlabel("step")
         ends = (f"{n} {runs[condition, n][-1]['accuracy']:.1%}" for n in MAKERS)

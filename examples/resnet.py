@@ -197,14 +197,14 @@ def print_table(runs: dict[Setting, Records]) -> None:
     table = Table(
         title="After training",
         caption="accuracy: on test images; loss: mean of the last 20 batches; "
-        "skipped, reverted: steps dropped, and spent on going back (two each time)",
+        "skipped: steps dropped; reverts: how often params went back (two steps each)",
     )
-    for column in ("run", "accuracy", "loss", "skipped", "reverted"):
+    for column in ("run", "accuracy", "loss", "skipped", "reverts"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for setting, records in runs.items():
         last = records[-1]
         loss = np.mean([r["loss"] for r in records[-20:]])
-        counts = (str(last.get(f"num_{kind}", "-")) for kind in ("skipped", "reverted"))
+        counts = (str(last.get(f"num_{kind}", "-")) for kind in ("skipped", "reverts"))
         table.add_row(setting.name, f"{last['accuracy']:.1%}", f"{loss:.3f}", *counts)
     Console().print(table)
 

@@ -114,7 +114,7 @@ def sweep(
         if name == "AdamW":
             return {**told, "rate": rate}
         report = lo.metrics(opt_state)
-        counts = {k: report[k] for k in ("num_skipped", "num_reverted")}
+        counts = {k: report[k] for k in ("num_skipped", "num_reverts")}
         return {**told, **counts, "rate": rate * report["macro_rate"]}
 
     grid = [
@@ -135,7 +135,7 @@ def print_table(results: Results, rates: np.ndarray) -> None:
     table = Table(
         title="After training",
         caption="medians of the seeds; loss: of the whole training set; in effect: the "
-        "rate before its decay; bad: steps skipped + spent on going back, of all seeds",
+        "rate before its decay; bad: steps skipped + reverts, of all seeds",
     )
     for column in ("given", "AdamW loss", "right", "lalerg loss", "right"):
         table.add_column(column, justify="right")
@@ -147,7 +147,7 @@ def print_table(results: Results, rates: np.ndarray) -> None:
             loss, accuracy = (np.median(told[k][i]) for k in ("loss", "accuracy"))
             cells += [f"{loss:.1e}", f"{accuracy:.1%}"]
         told = results["lalerg"]
-        counts = (str(told[k][i].sum()) for k in ("num_skipped", "num_reverted"))
+        counts = (str(told[k][i].sum()) for k in ("num_skipped", "num_reverts"))
         found = f"{np.median(told['rate'][i]):.0e}"
         table.add_row(*cells, found, " + ".join(counts))
     Console().print(table)

@@ -149,14 +149,14 @@ def print_table(runs: dict[str, Records], seen: int, tested: dict[str, float]) -
     """Prints how every run ended."""
     title = f"After {seen:,} characters on {jax.device_count()} device(s)"
     table = Table(title=title, caption="losses in nats a character")
-    columns = ("training loss", "held-out loss", "skipped", "reverted")
+    columns = ("training loss", "held-out loss", "skipped", "reverts")
     table.add_column("optimizer")
     for column in columns:
         table.add_column(column, justify="right")
     for name, records in runs.items():
         losses = np.mean([r["loss"] for r in records[-20:]]), tested[name]
         last = records[-1]
-        counts = (str(last.get(f"num_{kind}", "-")) for kind in ("skipped", "reverted"))
+        counts = (str(last.get(f"num_{kind}", "-")) for kind in ("skipped", "reverts"))
         table.add_row(name, *(f"{loss:.3f}" for loss in losses), *counts)
     Console().print(table)
 
@@ -168,7 +168,9 @@ def draw(runs: dict[str, Records], rates: np.ndarray, path: str) -> None:
     for name, records in runs.items():
         loss = np.array([r["loss"] for r in records])
         smooth = [np.mean(loss[max(0, i - 9) : i + 1]) for i in range(len(loss))]
-        factors = [r.get("macro_rate", 1.0) * r.get("damping", 1.0) for r in records]
+        factors = [
+            r.get("macro_rate", 1.0) * r.get("damping_factor", 1.0) for r in records
+        ]
         top.plot(smooth, color=COLORS[name], label=name)
         bottom.plot(rates * np.array(factors), color=COLORS[name])
     top.set_ylabel("training loss, nats\n(mean of 10 batches)")

@@ -52,14 +52,14 @@ class Outcome(NamedTuple):
       test_loss: of the held-out images.
       samples: images drawn from random codes.
       num_skipped: steps dropped (0 for AdamW).
-      num_reverted: steps spent on going back (0 for AdamW).
+      num_reverts: how often params went back (0 for AdamW).
     """
 
     losses: jax.Array
     test_loss: jax.Array
     samples: jax.Array
     num_skipped: jax.Array
-    num_reverted: jax.Array
+    num_reverts: jax.Array
 
 
 class VAE(nnx.Module):
@@ -126,7 +126,7 @@ def train(
         test_loss=loss_fn(params, x_test, run_key),
         samples=jax.nn.sigmoid(nnx.merge(graph, params).decode(codes)),
         num_skipped=report.get("num_skipped", jnp.int32(0)),
-        num_reverted=report.get("num_reverted", jnp.int32(0)),
+        num_reverts=report.get("num_reverts", jnp.int32(0)),
     )
 
 
@@ -141,12 +141,12 @@ def load_data() -> tuple[np.ndarray, np.ndarray]:
 def print_table(runs: dict[str, list[Outcome]]) -> None:
     """Prints how every run ended."""
     table = Table(title="Negative ELBO of held-out images after training, in nats")
-    columns = ("learning rate", *runs, "lalerg: skipped", "on reverts")
+    columns = ("learning rate", *runs, "lalerg: skipped", "reverts")
     for column in columns:
         table.add_column(column, justify="right")
     for rate, *outcomes in zip(RATES, *runs.values(), strict=True):
         losses = (f"{outcome.test_loss:.1f}" for outcome in outcomes)
-        counts = (str(outcomes[-1].num_skipped), str(outcomes[-1].num_reverted))
+        counts = (str(outcomes[-1].num_skipped), str(outcomes[-1].num_reverts))
         table.add_row(f"{rate:.0e}", *losses, *counts)
     Console().print(table)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ._anchor import at_hand
+from ._anchor import fetched
 from ._local import LeafSquares, LocalView, act_in_turn
 from ._records import Assessment
 from ._verdict import Verdict, is_applied
@@ -62,7 +62,7 @@ def act(
     """Returns the step that params take, and its local view if squares are given."""
     is_reverted = verdict == Verdict.REVERT
     gate = jnp.where(verdict == Verdict.SKIP, 0.0, damping)
-    home = at_hand(is_reverted, anchor, params)
+    home = fetched(is_reverted, anchor, params)
 
     def step_of(gate: jax.Array, p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
         damped = (gate * u).astype(p.dtype)

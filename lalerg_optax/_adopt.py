@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._macro import ScaleByMacroRateState, under_way
+from ._macro import ScaleByMacroRateState, with_rate_found
 from ._micro import ScaleByMicroRateState
 from ._records import RegulatorScalars
 from ._regulate import ErrorRegulateState
@@ -63,8 +63,8 @@ def adopt(
       was right.
 
     On the way back what is left behind are the factors of the learning rate,
-    ``macro_rate`` and ``damping`` (`metrics`): where they are not 1, multiply the
-    learning rate by them.
+    ``macro_rate`` and ``damping_factor`` (`metrics`): where they are not 1, multiply
+    the learning rate by them.
 
     Can be jitted. Without, what is taken over shares its buffers with ``opt_state``.
 
@@ -240,7 +240,7 @@ def _begun(new: Any, num_steps: jax.Array | None) -> Any:
     """Returns a state without a counterpart as it is after that many steps."""
     steps = jnp.zeros((), jnp.int32) if num_steps is None else num_steps
     if isinstance(new, ScaleByMacroRateState):
-        return under_way(new, steps)
+        return with_rate_found(new, steps)
     if isinstance(new, optax.ScaleByScheduleState):
         # a real copy: a buffer that is in a state twice cannot be donated
         return new._replace(count=jnp.copy(_fit(new.count, steps)))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numbers import is_sound
+from ._numbers import is_representable
 from ._sums import sum_entries
 
 PyTree = Any
@@ -89,7 +89,7 @@ def _on_device(anchor: PyTree) -> PyTree:
     return _put(anchor, "device") if _is_on_host(anchor) else anchor
 
 
-def at_hand(is_needed: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
+def fetched(is_needed: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
     """Returns the anchor where it can be computed with.
 
     One that is kept in host memory is fetched only where it is needed; otherwise the
@@ -161,7 +161,7 @@ def move(is_moved: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
 
     def moved(a: jax.Array, p: jax.Array) -> jax.Array:
         p = p.astype(a.dtype)
-        return jnp.where(is_moved & is_sound(p), p, a)
+        return jnp.where(is_moved & is_representable(p), p, a)
 
     there = jax.tree.map(moved, _on_device(anchor), params)
     return _put(there, _HOST) if _is_on_host(anchor) else there

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._anchor import at_hand
+from ._anchor import fetched
 from ._find import find_states
-from ._numbers import is_sound
+from ._numbers import is_representable
 from ._regulate import ErrorRegulateState
 from ._verdict import Verdict
 
@@ -26,7 +26,7 @@ def _home(
 ) -> optax.Params:
     """Returns the anchor of a regulator, with nodes in place of all other params."""
     own = _map(lambda a, p: a if _is_masked(a) else p, state.anchor, params)
-    return at_hand(is_needed, state.anchor, own)
+    return fetched(is_needed, state.anchor, own)
 
 
 def apply_updates(
@@ -71,7 +71,7 @@ def apply_updates(
         def select(a: Any, p: Any, pred: jax.Array = is_reverted) -> Any:
             if _is_masked(a):
                 return p
-            return jnp.where(pred | ~is_sound(p), a, p).astype(p.dtype)
+            return jnp.where(pred | ~is_representable(p), a, p).astype(p.dtype)
 
         params = _map(select, _home(state, params, is_reverted), params)
     return params

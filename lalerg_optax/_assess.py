@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from ._history import NUM_START_VALUES, Z95, LossHistory
 from ._numbers import LARGEST, SMALLEST
 from ._records import Assessment, Conduct, JudgeRule, RegulatorScalars
-from ._scalars import lanes
+from ._scalars import as_vector
 
-_HEAVY = 20.0  # logarithm of a weight whose fourth power is a float32
+_LOG_OF_LARGE_WEIGHT = 20.0  # logarithm of a weight whose fourth power is a float32
 
 
 # jit: outside of a jitted step, every operation would be dispatched by itself
@@ -47,14 +47,14 @@ def assess(
 
     # Both signals are judged by one rule. The norm has a scale of its own, and can be
     # judged from the second step on.
-    signals = lanes([loss, log_norm])
+    signals = as_vector([loss, log_norm])
     medians, spreads = history.centre_and_spread()
     progress = jnp.maximum(history.start_value[0] - medians[0], 0.0)
     is_early = history.num_values[1] < NUM_START_VALUES
     norm_floor = jnp.where(is_early, 2.0, 1.0) * rule.norm_floor
     scales = jnp.maximum(
         rule.threshold * spreads,
-        lanes(
+        as_vector(
             [
                 rule.progress_fraction * progress,
                 jnp.maximum(norm_floor, last.ceiling - medians[1]),
@@ -63,7 +63,7 @@ def assess(
     )
     tolerances = jnp.maximum(scales, rule.resolution * jnp.abs(medians) + SMALLEST)
     # a signal that was never anything but constant tells nothing of its scale
-    min_values = lanes([NUM_START_VALUES, 1.0])
+    min_values = as_vector([NUM_START_VALUES, 1.0])
     known = (history.num_values >= min_values) & (scales > 0.0)
     rises = jnp.clip((signals - medians) / tolerances, -LARGEST, LARGEST)
     errors = jnp.where(jnp.isfinite(signals), jnp.where(known, rises, 0.0), LARGEST)
@@ -88,7 +88,7 @@ def assess(
     is_recorded = jnp.isfinite(signals) & (known | ~(is_high | is_odd))
     is_recorded &= last.conduct <= Conduct.SUSPECT
     if value is None:
-        is_recorded &= lanes([0.0, 1.0]) > 0.0
+        is_recorded &= as_vector([0.0, 1.0]) > 0.0
     if value is None:
         is_undone = is_high
     else:  # of NaN, too
@@ -112,7 +112,11 @@ def assess(
         log_limit=jnp.where(norm_is_known, limit, LARGEST),
         bound=jnp.exp(jnp.minimum(medians[1] + high_limit - log_norm, 0.0)),
         weight=jnp.exp(
-            jnp.clip(log_norm - medians[1], -_HEAVY, jnp.minimum(high_limit, _HEAVY))
+            jnp.clip(
+                log_norm - medians[1],
+                -_LOG_OF_LARGE_WEIGHT,
+                jnp.minimum(high_limit, _LOG_OF_LARGE_WEIGHT),
+            )
         ),
         recorded=recorded,
         signals=signals,

@@ -19,7 +19,7 @@ from ._records import (
     Look,
     RegulatorScalars,
 )
-from ._scalars import Scalars, lanes, pack, read, unpack
+from ._scalars import Scalars, as_vector, pack, read, unpack
 from ._verdict import Verdict, is_applied
 
 
@@ -76,8 +76,8 @@ def due(
     if audit:
         # So many looks tell the alignment to so much of itself. The more they are, the
         # longer the way that they have to look back on. (As one array: one kernel.)
-        steps = lanes([rule.noise_steps, rule.least_steps])
-        alignments = lanes([last.alignment, last.alignment_scale])
+        steps = as_vector([rule.noise_steps, rule.least_steps])
+        alignments = as_vector([last.alignment, last.alignment_scale])
         looks = steps * last.look_variance / jnp.maximum(alignments**2, 1e-12)
         looks = jnp.minimum(looks, 1e6)
         ways = (rule.min_anchor_every * looks).astype(jnp.int32)
@@ -210,8 +210,10 @@ def look_and_move(
             is_clear = is_good | is_still | (look.num_looks >= RULE.most_looks)
             # A search from far below costs little, one from above may cost the run.
             is_far = reach > RULE.most_reach
-            is_far &= last.num_reverted < 2 * RULE.far_restarts
-            is_bad &= last.num_reverted < 2 * RULE.most_restarts  # of two steps each
+            is_far &= last.num_revert_steps < 2 * RULE.far_restarts
+            is_bad &= (
+                last.num_revert_steps < 2 * RULE.most_restarts
+            )  # of two steps each
             is_failed = (is_bad | is_far) & ~is_started
             # Afterwards until the way is long enough, or clearly up or down.
             is_told = jnp.abs(look.alignment) > RULE.clear_errors * error

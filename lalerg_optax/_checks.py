@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,23 @@ import numpy as np
 import optax
 
 MISSING: Any = object()  # a value that was forgotten, which is not None
+
+
+# Names of scalars that metrics and states had in 0.1; they go in 0.3.
+FORMER_NAMES = {"damping": "damping_factor", "num_reverted": "num_revert_steps"}
+
+
+def present_name(name: str) -> str:
+    """Returns what a scalar is called now, and warns of a name that is deprecated."""
+    if name not in FORMER_NAMES:
+        return name
+    now = FORMER_NAMES[name]
+    warnings.warn(
+        f"{name} is called {now} since lalerg_optax 0.2; the old name goes in 0.3.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return now
 
 
 def check_range(

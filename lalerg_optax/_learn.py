@@ -19,7 +19,7 @@ from ._records import (
 from ._scalars import Scalars, count_if, pack
 from ._verdict import Verdict, is_applied
 
-_MANY = 2.0**20  # more steps make no difference
+_MAX_COUNTED_STEPS = 2.0**20  # more steps make no difference
 
 
 def _average(
@@ -50,12 +50,14 @@ def _damping(
     exponent = -(2.0 * num_well - 1.0) / rule.recovery_steps**2
     recovery = jnp.asarray(rule.backoff_factor, jnp.float32) ** exponent
     recovered = jnp.where(
-        is_accepted, jnp.minimum(last.damping * recovery, 1.0), last.damping
+        is_accepted,
+        jnp.minimum(last.damping_factor * recovery, 1.0),
+        last.damping_factor,
     )
-    cut = jnp.maximum(last.damping * rule.backoff_factor, rule.min_damping)
+    cut = jnp.maximum(last.damping_factor * rule.backoff_factor, rule.min_damping)
     return (
         jnp.where(decision.is_harmful & is_started, cut, recovered),
-        jnp.where(decision.is_harmful, 0.0, jnp.minimum(num_well, _MANY)),
+        jnp.where(decision.is_harmful, 0.0, jnp.minimum(num_well, _MAX_COUNTED_STEPS)),
     )
 
 
@@ -157,7 +159,7 @@ def _counters(
         "num_accepted": count_if(is_accepted, last.num_accepted),
         "num_bounded": count_if(verdict == Verdict.BOUND, last.num_bounded),
         "num_skipped": count_if(verdict == Verdict.SKIP, last.num_skipped),
-        "num_reverted": count_if(is_reverted, last.num_reverted),
+        "num_revert_steps": count_if(is_reverted, last.num_revert_steps),
         "num_trials": count_if(decision.is_trial, last.num_trials),
         "num_harmful": count_if(is_harmful, last.num_harmful),
         "num_audits_passed": count_if(is_passed, last.num_audits_passed),
@@ -199,7 +201,7 @@ def learn(
             scaled_norm_error=seen.norm_error,
             avg_value=avg_value,
             num_averaged=jnp.where(look.is_failed, 0.0, num_averaged),
-            damping=damping,
+            damping_factor=damping,
             num_well=num_well,
             skips_left=_skips_left(last, seen, decision.verdict, rule),
             verdict=decision.verdict,

@@ -38,7 +38,7 @@ class ScaleByMacroRateState(NamedTuple):
         return read(MacroScalars, self.scalars, name)
 
 
-def under_way(
+def with_rate_found(
     state: ScaleByMacroRateState, num_steps: jax.typing.ArrayLike
 ) -> ScaleByMacroRateState:
     """Returns the state as it would be had the search ended at this rate.

@@ -17,7 +17,7 @@ from ._moments import (
     square,
     square_of,
 )
-from ._numbers import SMALLEST, is_sound, wide
+from ._numbers import SMALLEST, is_representable, wide
 from ._scalars import count_if
 from ._verdict import Audit, Verdict
 
@@ -180,7 +180,7 @@ def scale_by_micro_rate(
             keep1 = jnp.where(verdict == Verdict.REVERT, 0.0, keep1)
 
         def averaged(g: jax.Array, m: jax.Array) -> jax.Array:
-            healed = jnp.where(is_sound(m), m, 0)
+            healed = jnp.where(is_representable(m), m, 0)
             return (add1 * g + keep1 * healed).astype(m.dtype)
 
         def averaged_square(g: jax.Array, n: jax.Array) -> jax.Array:
@@ -197,10 +197,10 @@ def scale_by_micro_rate(
 
         mu = jax.tree.map(averaged, updates, state.mu)
         nu = jax.tree.map(averaged_square, updates, state.nu)
-        content1 = 1.0 - b1**t if bias_correction else 1.0
-        content2 = 1.0 - product_of_decays(rule, t) if bias_correction else 1.0
-        gate = jnp.where(is_open, (1.0 - gradient_share) / content1, 0.0)
-        debias = 1.0 / content2
+        correction1 = 1.0 - b1**t if bias_correction else 1.0
+        correction2 = 1.0 - product_of_decays(rule, t) if bias_correction else 1.0
+        gate = jnp.where(is_open, (1.0 - gradient_share) / correction1, 0.0)
+        debias = 1.0 / correction2
         limit = (_TOLERANCE * largest_update(rule, weight)) ** 2 * debias
 
         def scaled(g: jax.Array, m: jax.Array, n: jax.Array) -> jax.Array:

@@ -10,7 +10,9 @@ from jax import lax
 
 from ._numbers import SMALLEST
 
-_PART = 4  # one of so many of all steps so far is remembered, where memory grows
+_STEPS_PER_REMEMBERED = (
+    4  # one of so many of all steps so far is remembered, where memory grows
+)
 
 
 class MomentRule(NamedTuple):
@@ -63,7 +65,7 @@ class MomentRule(NamedTuple):
 def memory(rule: MomentRule, t: jax.Array) -> tuple[Any, Any]:
     """Returns decay and weight of the squares at the step of that number."""
     if rule.is_growing:
-        lost = jnp.clip(_PART / t, 1.0 - rule.last_b2, 1.0 - rule.b2)
+        lost = jnp.clip(_STEPS_PER_REMEMBERED / t, 1.0 - rule.last_b2, 1.0 - rule.b2)
         decay = 1.0 - lost
     else:
         decay, lost = rule.b2, 1.0 - rule.b2
@@ -78,9 +80,12 @@ def product_of_decays(rule: MomentRule, t: jax.Array) -> jax.Array:
     if not rule.is_growing:
         return rule.b2**t
     # it grows between these steps, where factors (j - 4) / j cancel each other
-    first, last = _PART / (1.0 - rule.b2), _PART / (1.0 - rule.last_b2)
+    first, last = (
+        _STEPS_PER_REMEMBERED / (1.0 - rule.b2),
+        _STEPS_PER_REMEMBERED / (1.0 - rule.last_b2),
+    )
     steps = jnp.clip(t, first, last)
-    growing = math.prod((first - k) / (steps - k) for k in range(_PART))
+    growing = math.prod((first - k) / (steps - k) for k in range(_STEPS_PER_REMEMBERED))
     before, after = jnp.minimum(t, first), jnp.maximum(t - last, 0.0)
     # one exponential: every power would be a kernel of its own
     return growing * jnp.exp(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from ._checks import FORMER_NAMES
 from ._find import find_states
 from ._local import LocalView
 from ._macro import ScaleByMacroRateState
@@ -64,11 +65,12 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     scaled_norm_error       the same of the logarithm of the gradient norm
     macro_rate              factor of the macro level (1 where there is none)
     is_searching            whether the macro level still leaps (bool)
-    damping                 factor that harm cuts and time restores, at most 1
+    damping_factor          factor that harm cuts and time restores, at most 1
     num_accepted            steps accepted, bounded ones among them (int32)
     num_bounded             steps accepted with a bounded gradient (int32)
     num_skipped             steps skipped (int32)
-    num_reverted            steps spent on reverts, two each (int32)
+    num_reverts             reverts to the anchor (int32)
+    num_revert_steps        steps spent on them, two each (int32)
     num_trials              reverts to see whether params are damaged (int32)
     num_harmful             times that they were (int32)
     num_hard                steps of the present episode of hard data (int32)
@@ -98,6 +100,9 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     of which the last three are 0 where a step is rejected. All others are float32.
     Values that are not finite show as 1e37.
 
+    ``damping`` and ``num_reverted`` are deprecated names of ``damping_factor`` and
+    ``num_revert_steps``; they go in 0.3.
+
     Args:
       opt_state: the state of an optimizer with a part of this package in it.
 
@@ -111,7 +116,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       >>> import jax.numpy as jnp, optax, lalerg_optax as lo
       >>> tx = lo.error_regulate(optax.adam(1e-3))
       >>> report = lo.metrics(tx.init(jnp.zeros(3)))
-      >>> lo.Verdict(int(report["verdict"])).name, float(report["damping"])
+      >>> lo.Verdict(int(report["verdict"])).name, float(report["damping_factor"])
       ('ACCEPT', 1.0)
       >>> tx = lo.error_regulate(optax.sgd(0.1), local=True)
       >>> params = {"kernel": jnp.ones(4)}
@@ -137,6 +142,10 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     for label, regulator in regulators.items():
         for name in _REGULATOR_FIELDS:
             report[label + name] = getattr(regulator, name)
+        # the last one may be under way
+        report[label + "num_reverts"] = (regulator.num_revert_steps + 1) // 2
+        for former, name in FORMER_NAMES.items():
+            report[label + former] = report[label + name]
         if regulator.local is not None:
             for name, leaf, scalar in _of_leaves(regulator):
                 report[f"{label}{name}/{leaf}".rstrip("/")] = scalar

@@ -13,6 +13,6 @@ def wide(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def is_sound(param: jax.Array) -> jax.Array:
+def is_representable(param: jax.Array) -> jax.Array:
     """Returns which entries have a square that is finite in float32."""
     return jnp.isfinite(lax.square(param.astype(wide(param))))

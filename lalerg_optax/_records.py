@@ -116,7 +116,7 @@ class RegulatorScalars(NamedTuple):
       scaled_norm_error: rise of the log gradient norm, likewise, float32.
       avg_value: exponential average of the accepted losses, float32.
       num_averaged: number of losses in that, up to 20, float32.
-      damping: factor of the updates, in [2^-10, 1], float32.
+      damping_factor: factor of the updates, in [2^-10, 1], float32.
       num_well: steps accepted since an update did harm, up to 2^20, float32.
       skips_left: steps whose norm alone is odd that may still be skipped, float32.
       ceiling: logarithm of the largest norm that did no harm, at most that of 5/4 of
@@ -145,7 +145,7 @@ class RegulatorScalars(NamedTuple):
       num_accepted: number of steps accepted, bounded ones among them, int32.
       num_bounded: number of steps accepted with a bounded gradient, int32.
       num_skipped: number of steps skipped, int32.
-      num_reverted: number of steps spent on reverts (two each), int32.
+      num_revert_steps: number of steps spent on reverts (two each), int32.
       num_trials: times that params went back to see whether they are damaged, int32.
       num_harmful: times that they were, int32.
       num_audits_passed: number of audits with a positive alignment, int32.
@@ -157,7 +157,7 @@ class RegulatorScalars(NamedTuple):
     scaled_norm_error: Any = 0.0
     avg_value: Any = 0.0
     num_averaged: Any = 0.0
-    damping: Any = 1.0
+    damping_factor: Any = 1.0
     num_well: Any = 0.0
     skips_left: Any = JudgeRule().num_skips
     ceiling: Any = -LARGEST
@@ -183,7 +183,7 @@ class RegulatorScalars(NamedTuple):
     num_accepted: Any = 0
     num_bounded: Any = 0
     num_skipped: Any = 0
-    num_reverted: Any = 0
+    num_revert_steps: Any = 0
     num_trials: Any = 0
     num_harmful: Any = 0
     num_audits_passed: Any = 0

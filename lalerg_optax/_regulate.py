@@ -19,6 +19,7 @@ from ._checks import (
     check_state,
     check_state_type,
     check_updates,
+    present_name,
 )
 from ._decide import decide, overruled
 from ._history import LossHistory
@@ -40,7 +41,7 @@ from ._verdict import Audit, Verdict, is_applied
 class ErrorRegulateState(NamedTuple):
     """State of `error_regulate`. Every number in it is finite at all times.
 
-    The scalars can be read by name: ``state.verdict``, ``state.damping``, ...
+    The scalars can be read by name: ``state.verdict``, ``state.damping_factor``, ...
 
     Attributes:
       scalars: what was told at the last step, what is remembered, and counters; see
@@ -72,7 +73,7 @@ class ErrorRegulateState(NamedTuple):
     local: LocalView | None = None
 
     def __getattr__(self, name: str) -> jax.Array:
-        return read(RegulatorScalars, self.scalars, name)
+        return read(RegulatorScalars, self.scalars, present_name(name))
 
 
 def _loss_told(seen: Assessment, verdict: jax.Array, avg_value: jax.Array) -> jax.Array:
@@ -268,7 +269,7 @@ def error_regulate(
         # read back: what comes later takes it from memory and does not decide again
         verdict, damping, avg_value = (
             read(RegulatorScalars, scalars, name)
-            for name in ("verdict", "damping", "avg_value")
+            for name in ("verdict", "damping_factor", "avg_value")
         )
 
         # Inner: sees nothing of a rejected batch.

@@ -39,7 +39,7 @@ def _is_count(default: Any) -> bool:
     return isinstance(default, int) and not isinstance(default, bool)
 
 
-def lanes(
+def as_vector(
     scalars: Sequence[jax.typing.ArrayLike], dtype: Any = jnp.float32
 ) -> jax.Array:
     """Returns scalars as one vector.
@@ -66,8 +66,8 @@ def pack(record: tuple[Any, ...]) -> Scalars:
     pairs = list(zip(record, _defaults(type(record)).values(), strict=True))
     counts = [x for x, d in pairs if _is_count(d)]
     return Scalars(
-        floats=lanes([x for x, d in pairs if not _is_count(d)]),
-        counts=lanes(counts, jnp.int32) if counts else None,
+        floats=as_vector([x for x, d in pairs if not _is_count(d)]),
+        counts=as_vector(counts, jnp.int32) if counts else None,
     )
 
 

@@ -12,9 +12,11 @@ from jax import lax
 
 PyTree = Any
 
-_SMALL = 2**14  # entries; larger leaves are worth a kernel of their own
-_FEW = 64  # leaves; only more of them take long to compile
-_GROUP = 16  # leaves
+_MAX_SMALL_LEAF_ENTRIES = (
+    2**14
+)  # entries; larger leaves are worth a kernel of their own
+_MAX_SINGLE_LEAVES = 64  # leaves; only more of them take long to compile
+_LEAVES_PER_GROUP = 16  # leaves
 
 
 def _real_parts(leaves: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
@@ -65,8 +67,11 @@ def sum_entries(term: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
         shapes.setdefault(_alike(part), []).append(part)
     total = jnp.zeros((), jnp.float32)
     for (shape, _), alike in shapes.items():
-        is_shared = len(alike) > _FEW and np.prod(shape) <= _SMALL
-        step = _GROUP if is_shared else 1
+        is_shared = (
+            len(alike) > _MAX_SINGLE_LEAVES
+            and np.prod(shape) <= _MAX_SMALL_LEAF_ENTRIES
+        )
+        step = _LEAVES_PER_GROUP if is_shared else 1
         for first in range(0, len(alike), step):
             terms = [term(*part) for part in alike[first : first + step]]
             total += jnp.sum(functools.reduce(operator.add, terms))

@@ -12,8 +12,8 @@ from ._verdict import Verdict
 
 Block = dict[str, Any]  # scalars of some steps by name, arrays of one length
 
-_STEPS_A_REVERT = 2
-_MOST_HARMS = 10  # in a whole run
+_STEPS_PER_REVERT = 2
+_MAX_HARMS = 10  # in a whole run
 _NOT_FINITE = 0.99 * LARGEST
 
 
@@ -72,7 +72,7 @@ class Watch:
                     warnings.warn(text, InterventionWarning, stacklevel=4)
             num_skips = _sums(tail[name] == Verdict.SKIP, self._window)
             num_reverts = _sums(tail[name] == Verdict.REVERT, self._window)
-            num_reverts = -(-num_reverts // _STEPS_A_REVERT)
+            num_reverts = -(-num_reverts // _STEPS_PER_REVERT)
             is_many = num_skips > self._max_skips
             is_many |= num_reverts > self._max_reverts
             is_many[:-num_new] = False
@@ -108,7 +108,7 @@ class Watch:
                 f"loss come again and again (up to step {step}): the skips for them "
                 "are used up, and they are accepted from now on, bounded.",
             )
-        if last.get("num_harmful", 0) > _MOST_HARMS:
+        if last.get("num_harmful", 0) > _MAX_HARMS:
             yield (
                 "harm",
                 f"{_of(group)}updates did harm {int(last['num_harmful'])} times (up to "

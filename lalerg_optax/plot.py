@@ -48,9 +48,9 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
     """Draws what happened in a run, and why.
 
     Three panels over the steps: the loss with a mark at each step that was bounded,
-    skipped or reverted; the factors of the learning rate (``macro_rate``, ``damping``
-    and their product); and the errors in units of what is tolerated, with the threshold
-    at 1. Errors beyond 10 are drawn as triangles at the top.
+    skipped or reverted; the factors of the learning rate (``macro_rate``,
+    ``damping_factor`` and their product); and the errors in units of what is tolerated,
+    with the threshold at 1. Errors beyond 10 are drawn as triangles at the top.
 
     Args:
       history: what ``Recorder.history`` returns, or any dict with arrays of `metrics`.
@@ -73,7 +73,7 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
       ...     "verdict": np.array([0, 0, 1, 0]),
       ...     "scaled_error": np.array([0.0, -0.1, 4.0, -0.2]),
       ...     "macro_rate": np.ones(4),
-      ...     "damping": np.ones(4),
+      ...     "damping_factor": np.ones(4),
       ... }
       >>> figure = plot.run(history)
       >>> [axes.get_ylabel() for axes in figure.axes][0]
@@ -149,7 +149,7 @@ def _draw_loss(axes: Axes, steps: np.ndarray, told: History, name: str) -> None:
 def _draw_rates(axes: Axes, steps: np.ndarray, told: History) -> None:
     """Draws the factors by which the learning rate is multiplied."""
     macro = told.get("macro_rate", np.ones(len(steps)))
-    damping = told.get("damping", np.ones(len(steps)))
+    damping = told.get("damping_factor", np.ones(len(steps)))
     axes.plot(
         steps, macro * damping, color=_BLACK, lw=2.4, alpha=0.35, label="both together"
     )

@@ -93,7 +93,7 @@ def run(tx, num_steps):
 def assert_nothing_objected(state, num_steps):
     report = lo.metrics(state)
     assert report["num_accepted"] == num_steps
-    assert report["damping"] == 1.0
+    assert report["damping_factor"] == 1.0
 
 
 # ---- lalerg and AdamW ---------------------------------------------------------------
@@ -294,7 +294,7 @@ def assert_followed_and_kept_clean(name):
     chex.assert_tree_all_finite(params)
     assert_as_finite_as(poisoned, like=state)
     report = lo.metrics(poisoned)
-    assert report["num_skipped"] + report["num_reverted"] >= 5
+    assert report["num_skipped"] + report["num_revert_steps"] >= 5
     assert report["num_accepted"] >= NUM_STEPS - 7
     moved = jax.tree.map(lambda p: np.any(p[-1] != p[-10]), params)
     assert moved["hidden"]["w"], "training does not go on"

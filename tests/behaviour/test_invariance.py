@@ -36,7 +36,7 @@ def loss_fn(params, batch):
 
 def told(step):
     report = lo.metrics(step.state)
-    return report["verdict"], report["macro_rate"] * report["damping"]
+    return report["verdict"], report["macro_rate"] * report["damping_factor"]
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def whole_run(name):
         carry = jnp.zeros(6), tx.init(jnp.zeros(6))
         scan = runner(tx, signals_of, see=everything)
         seen = scan(carry, (inputs, targets, spoilt, *unit))[1]
-        return seen.params, seen.state.verdict, seen.state.damping
+        return seen.params, seen.state.verdict, seen.state.damping_factor
 
     return run
 

@@ -72,7 +72,7 @@ def test_a_million_steps_with_faults_end_where_they_should(search):
     # taken back on the next two, and the moments begin anew
     _, begun, *_ = jax.jit(functools.partial(faulty_bowl, tx, 4, 0))()
     num_forgotten = 2 if search else 0
-    assert lo.metrics(begun)["num_reverted"] == num_forgotten
+    assert lo.metrics(begun)["num_revert_steps"] == num_forgotten
     params, state, num_faults, worst = jax.jit(
         functools.partial(faulty_bowl, tx, NUM_STEPS, 0)
     )()
@@ -80,7 +80,7 @@ def test_a_million_steps_with_faults_end_where_they_should(search):
     assert all_finite((params, state))
     assert worst < 3.0
     assert jnp.max(jnp.abs(params)) < 0.3
-    rejected = report["num_skipped"] + report["num_reverted"]
+    rejected = report["num_skipped"] + report["num_revert_steps"]
     assert report["num_accepted"] + rejected == NUM_STEPS
     # a high loss is bounded, and so is nearly every norm that is odd
     assert 0.9 * num_faults < rejected + report["num_bounded"] < 1.2 * num_faults
@@ -88,7 +88,7 @@ def test_a_million_steps_with_faults_end_where_they_should(search):
     (micro,) = find_states(state, lo.ScaleByMicroRateState).values()
     assert micro.micro_count == report["num_accepted"] - num_forgotten
     assert micro.num_micro_held == report["num_macro_held"] == rejected
-    assert report["damping"] > 0.2
+    assert report["damping_factor"] > 0.2
     assert 0.005 < report["avg_value"] < 0.5
 
 
@@ -130,12 +130,18 @@ def test_statistics_of_a_million_steps_are_those_of_the_reference():
     counts = np.bincount(wanted, minlength=4)
     assert np.all(counts > 100)
     for name in (
-        *("num_accepted", "num_bounded", "num_skipped", "num_reverted"),
+        *("num_accepted", "num_bounded", "num_skipped", "num_revert_steps"),
         *("num_trials", "num_harmful"),
     ):
         assert getattr(state, name) == getattr(expected, name), name
     assert state.anchor_age == expected.anchor_age
-    for name in ("damping", "avg_value", "harmless_doubt", "ceiling", "skips_left"):
+    for name in (
+        "damping_factor",
+        "avg_value",
+        "harmless_doubt",
+        "ceiling",
+        "skips_left",
+    ):
         np.testing.assert_allclose(
             getattr(state, name), getattr(expected, name), rtol=1e-5, err_msg=name
         )
@@ -245,7 +251,7 @@ def test_counters_stay_at_the_largest_int32(search, verdict):
     counter = {
         Verdict.ACCEPT: "num_accepted",
         Verdict.SKIP: "num_skipped",
-        Verdict.REVERT: "num_reverted",
+        Verdict.REVERT: "num_revert_steps",
     }[verdict]
     assert getattr(state, counter) == LAST
 

@@ -91,7 +91,7 @@ class End(NamedTuple):
     loss: float
     is_alive: bool
     num_skipped: int
-    num_reverted: int
+    num_revert_steps: int
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def trainer(task_of, name, form, rate):
             task.loss_fn(recipes.evaluated(method, form, state, params), task.data),
             recipes.is_finite(params),
             report.get("num_skipped", 0),
-            report.get("num_reverted", 0),
+            report.get("num_revert_steps", 0),
         )
 
     return run
@@ -190,7 +190,7 @@ def test_with_faults_it_lives_and_ends_nearly_as_low(task, name, form, rate):
     assert protected.loss <= without.loss + WORSE_WITH_FAULTS * drop
     assert protected.num_skipped >= 2
     # all of the steps uphill are skipped, or it is gone back
-    assert protected.num_reverted >= 2 or protected.num_skipped > LENGTH
+    assert protected.num_revert_steps >= 2 or protected.num_skipped > LENGTH
 
 
 def test_gradients_of_embeddings_are_mostly_zero():

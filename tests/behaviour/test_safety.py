@@ -79,7 +79,7 @@ def test_bad_numbers_cost_their_own_steps_and_nothing_else(tx, bad, where, num_b
     accepted = report["num_accepted"]
     if tx is not FORMS["flat"] or where == "value":
         assert accepted[last] == accepted[first], "always counted"
-        rejected = report["num_skipped"] + report["num_reverted"]
+        rejected = report["num_skipped"] + report["num_revert_steps"]
         assert rejected[last] == num_bad
     else:  # there the links before the regulator keep a bad gradient from it
         assert report["num_micro_held"][last] == num_bad

@@ -87,13 +87,13 @@ def test_many_reverts_do_not_freeze_the_run(search):
     bad_steps = steps[(steps % 250 > 247) & (steps > 200)]  # two in every 250
     tx = lo.lalerg(1e-3, search=search)
     report = bowl(tx, 5000, bad_steps)
-    assert report["num_reverted"][-1] >= 2 * 19
+    assert report["num_revert_steps"][-1] >= 2 * 19
     if search:
         clean = bowl(tx, 5000)["macro_rate"][-1]
         assert report["macro_rate"][-1] > clean / 32
     else:
         assert report["macro_rate"][-1] == 1.0
-    assert jnp.max(report["damping"][-100:]) == 1.0
+    assert jnp.max(report["damping_factor"][-100:]) == 1.0
 
 
 SLOW_START = lo.lalerg(1e-6)
@@ -114,7 +114,7 @@ def test_bad_batches_early_on_do_not_end_the_search(bad_steps):
 )
 def test_any_second_level_trains_on_after_a_failed_start(micro):
     report = bowl(lo.lalerg(1e3, micro=micro), 1500)
-    assert report["num_reverted"][-1] >= 2
+    assert report["num_revert_steps"][-1] >= 2
     assert report["macro_rate"][-1] > 1e-9
     assert jnp.mean(report["loss"][-50:]) < 0.5 * report["loss"][0]
 

@@ -95,7 +95,7 @@ def test_the_posterior_is_as_right_as_with_adam(name):
 def test_a_noisy_elbo_is_hardly_ever_an_alarm(name):
     report = report_of(fit(name).state)
     assert report["num_skipped"] <= 1
-    assert report["num_reverted"] <= (2 if name == "lalerg" else 0)
+    assert report["num_revert_steps"] <= (2 if name == "lalerg" else 0)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

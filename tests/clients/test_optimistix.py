@@ -71,4 +71,4 @@ def test_a_function_that_is_not_finite_everywhere_does_not_end_the_search(name):
     assert jnp.max(jnp.abs(ours.value["w"])) < 1.5 * radius
     report = lo.metrics(ours.state.opt_state)
     assert report["num_skipped"] > 0
-    assert report["num_reverted"] > 0
+    assert report["num_revert_steps"] > 0

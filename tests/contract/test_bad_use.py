@@ -265,7 +265,7 @@ def test_a_whole_optimizer_is_no_second_level(micro):
 def test_a_second_level_is_judged_only_where_it_can_be_tried():
     def decayed(rate):  # inside jit it has no value yet
         micro = optax.chain(optax.scale_by_rss(), optax.scale(rate))
-        return lo.lalerg(micro=micro).init(PARAMS).damping
+        return lo.lalerg(micro=micro).init(PARAMS).damping_factor
 
     def of_dicts(updates, state, params=None):
         del params

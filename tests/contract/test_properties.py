@@ -190,13 +190,13 @@ def test_counters_add_up(name, sequence):
         "num_accepted": TAKEN,
         "num_bounded": BOUND,
         "num_skipped": SKIP,
-        "num_reverted": REVERT,
+        "num_revert_steps": REVERT,
     }.items():
         is_counted = np.isin(seen["verdict"], verdicts)
         np.testing.assert_array_equal(seen[counter], np.cumsum(is_counted))
     if name not in SEARCHING:
         assert np.all(seen["num_harmful"] <= seen["num_trials"])
-        assert np.all(2 * seen["num_trials"] <= seen["num_reverted"] + 1)
+        assert np.all(2 * seen["num_trials"] <= seen["num_revert_steps"] + 1)
     assert np.all(seen["num_audits_passed"] <= seen["num_accepted"])
     if "num_micro_held" in seen:
         taken = seen["micro_count"]
@@ -205,7 +205,7 @@ def test_counters_add_up(name, sequence):
         if np.all(np.diff(taken) >= 0):
             np.testing.assert_array_equal(taken + seen["num_micro_held"], steps)
     if "num_macro_held" in seen:
-        rejected = seen["num_skipped"] + seen["num_reverted"]
+        rejected = seen["num_skipped"] + seen["num_revert_steps"]
         if name in NESTED:
             np.testing.assert_array_equal(seen["num_macro_held"], rejected)
         if name in SEARCHING:
@@ -219,7 +219,9 @@ def test_counters_add_up(name, sequence):
 @given(sequence=sequences())
 def test_rates_and_errors_stay_in_their_bounds(name, sequence):
     seen = seen_by(name, sequence)
-    assert np.all((seen["damping"] >= 2.0**-10) & (seen["damping"] <= 1.0))
+    assert np.all(
+        (seen["damping_factor"] >= 2.0**-10) & (seen["damping_factor"] <= 1.0)
+    )
     assert np.all((seen["macro_rate"] >= 2.0**-40) & (seen["macro_rate"] <= 2.0**40))
     assert np.all(np.abs(seen["alignment"]) <= 1.0)
     assert np.all((seen["grad_norm"] >= 0.0) & (seen["grad_norm"] <= 1e37))
@@ -235,7 +237,7 @@ def test_rates_and_errors_stay_in_their_bounds(name, sequence):
 @given(sequence=sequences())
 def test_damping_falls_only_where_updates_did_harm_and_then_recovers(name, sequence):
     seen = seen_by(name, sequence)
-    damping = np.concatenate([[1.0], seen["damping"]])
+    damping = np.concatenate([[1.0], seen["damping_factor"]])
     change, before = np.diff(damping), damping[:-1]
     is_harmful = np.diff(seen["num_harmful"], prepend=0) > 0
     is_taken = np.isin(seen["verdict"], TAKEN)
@@ -409,8 +411,10 @@ def test_on_all_steps_but_a_revert_both_ways_to_apply_updates_agree(name, sequen
     seen = seen_by(name, sequence)
     is_other = seen["verdict"] != REVERT
     # `lo.apply_updates` heals what is too large for its square to be a float32
-    is_sound = np.all(np.abs(seen["plainly_applied"]) < 1e19, axis=-1)
-    is_other &= np.logical_and.accumulate(is_sound.reshape(len(is_other), -1).all(1))
+    is_representable = np.all(np.abs(seen["plainly_applied"]) < 1e19, axis=-1)
+    is_other &= np.logical_and.accumulate(
+        is_representable.reshape(len(is_other), -1).all(1)
+    )
     chex.assert_trees_all_equal(
         seen["params"][is_other], seen["plainly_applied"][is_other]
     )
@@ -432,7 +436,7 @@ def test_verdicts_do_not_depend_on_the_unit_of_the_loss(name, sequence, power):
     other = seen_by(name, (losses * np.float32(2.0**power), grads))
     for key in ("verdict", "conduct", "scaled_error", "scaled_norm_error"):
         np.testing.assert_array_equal(other[key], seen[key], err_msg=key)
-    for key in ("params", "anchor_age", "damping"):
+    for key in ("params", "anchor_age", "damping_factor"):
         np.testing.assert_array_equal(other[key], seen[key], err_msg=key)
 
 
@@ -459,7 +463,10 @@ def test_runs_side_by_side_decide_like_each_alone(name, batch):
             np.testing.assert_array_equal(
                 together[key][i][clear], alone[key][clear], err_msg=key
             )
-        for key in ("window", "damping"):  # the window of log norms has zeros in it
+        for key in (
+            "window",
+            "damping_factor",
+        ):  # the window of log norms has zeros in it
             np.testing.assert_allclose(
                 together[key][i][clear], alone[key][clear], rtol=1e-5, atol=1e-5
             )
@@ -517,9 +524,11 @@ def test_verdicts_are_those_of_the_reference(sequence):
             break
         for key in (
             *("verdict", "conduct", "anchor_age", "num_hard"),
-            *("num_accepted", "num_bounded", "num_skipped", "num_reverted"),
+            *("num_accepted", "num_bounded", "num_skipped", "num_revert_steps"),
             *("num_trials", "num_harmful"),
         ):
             assert seen[key][t] == getattr(regulator, key), (t, key)
-        np.testing.assert_allclose(seen["damping"][t], regulator.damping, rtol=1e-5)
+        np.testing.assert_allclose(
+            seen["damping_factor"][t], regulator.damping_factor, rtol=1e-5
+        )
     event(f"compared {t // 12 * 12} steps")

@@ -41,13 +41,13 @@ RMSPROP = {"b2": 0.9, "gradient_share": 0.7, "bias_correction": False}
 # What is compared at every step. Some of it is not in all of the optimizers.
 EXACT = {
     *("verdict", "conduct", "anchor_age", "num_hard", "num_well"),
-    *("num_accepted", "num_bounded", "num_skipped", "num_reverted"),
+    *("num_accepted", "num_bounded", "num_skipped", "num_revert_steps"),
     *("num_trials", "num_harmful", "num_audits_passed"),
     *("micro_count", "num_micro_held"),
     *("num_macro_steps", "num_windows", "num_macro_held"),
 }
 CLOSE = {
-    *("params", "anchor", "grad_norm", "damping", "avg_value"),
+    *("params", "anchor", "grad_norm", "damping_factor", "avg_value"),
     *("scaled_error", "scaled_norm_error"),
     *("doubt", "peak_doubt", "harmless_doubt", "skips_left"),
     *("ceiling", "ceiling_in_doubt"),

@@ -179,7 +179,7 @@ def test_state_survives_pickle_deepcopy_and_flax_bytes():
         chex.assert_trees_all_equal(other, state)
         chex.assert_trees_all_equal_structs(other, state)
         assert lo.metrics(other).keys() == lo.metrics(state).keys()
-        assert (other.verdict, other.damping) == (0, 1.0)
+        assert (other.verdict, other.damping_factor) == (0, 1.0)
     with pytest.raises(AttributeError, match="no field 'speed'"):
         _ = state.speed
 

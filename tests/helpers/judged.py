@@ -12,8 +12,8 @@ from .drive import drive
 ACCEPT, SKIP, REVERT, BOUND = Verdict
 BAD = [np.nan, np.inf, -np.inf]
 NAMES = {  # some of the metrics
-    *("verdict", "scaled_error", "macro_rate", "damping", "num_accepted"),
-    *("num_skipped", "num_reverted", "num_bounded", "avg_value", "grad_norm"),
+    *("verdict", "scaled_error", "macro_rate", "damping_factor", "num_accepted"),
+    *("num_skipped", "num_revert_steps", "num_bounded", "avg_value", "grad_norm"),
 }
 REGULATED = lo.error_regulate(optax.sgd(1e-2))
 SLOW = lo.error_regulate(optax.sgd(1e-5))  # hardly moves

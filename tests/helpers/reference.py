@@ -540,10 +540,10 @@ class ErrorRegulate:
         self.scaled_error = self.scaled_norm_error = self.grad_norm = 0.0
         self.avg_value = 0.0
         self.num_averaged = 0
-        self.damping = 1.0
+        self.damping_factor = 1.0
         self.num_well = 0
         self.num_accepted = self.num_bounded = 0
-        self.num_skipped = self.num_reverted = 0
+        self.num_skipped = self.num_revert_steps = 0
         self.num_trials = self.num_harmful = self.num_audits_passed = 0
 
         self.looks = []  # those at this anchor
@@ -566,7 +566,7 @@ class ErrorRegulate:
             return np.zeros_like(params)
         if self.verdict == REVERT:
             return self.anchor - params
-        return self.damping * updates
+        return self.damping_factor * updates
 
     # ---- errors
 
@@ -792,8 +792,8 @@ class ErrorRegulate:
         else:
             is_still = alignment is not None and not any(x for _, x in self.looks)
             reach = self.reach_of(params)
-            is_far = 1e-2 < reach < math.inf and self.num_reverted < 4
-            is_bad = is_enough and mean < -3.0 * error and self.num_reverted < 16
+            is_far = 1e-2 < reach < math.inf and self.num_revert_steps < 4
+            is_bad = is_enough and mean < -3.0 * error and self.num_revert_steps < 16
             self.is_failed = is_bad or is_far
             is_clear = (is_enough and mean > 2.0 * error) or n >= 16 or is_still
             may_move = may_move and is_clear and not self.is_failed
@@ -850,19 +850,21 @@ class ErrorRegulate:
             longer = 16.0 * self.peak_doubt
             self.harmless_doubt = max(self.harmless_doubt, longer)
         # n steps after the last harm, (n / recovery_steps)^2 cuts are made good
-        cut = max(self.backoff_factor * self.damping, 2.0**-10)
+        cut = max(self.backoff_factor * self.damping_factor, 2.0**-10)
         if is_applied:
             before = (self.num_well / self.recovery_steps) ** 2
             self.num_well += 1
             made_good = (self.num_well / self.recovery_steps) ** 2 - before
-            self.damping = min(self.damping * self.backoff_factor**-made_good, 1.0)
+            self.damping_factor = min(
+                self.damping_factor * self.backoff_factor**-made_good, 1.0
+            )
         if self.is_failed:
             self.num_averaged = 0
         if self.is_harmful:
             self.num_harmful += not self.is_failed
             self.num_well = 0
             if self.is_started:
-                self.damping = cut
+                self.damping_factor = cut
 
         if is_applied:
             self.skips_left = min(self.skips_left + 1.0 / 16384.0, 5.0)
@@ -892,7 +894,7 @@ class ErrorRegulate:
         self.num_accepted += is_applied
         self.num_bounded += self.verdict == BOUND
         self.num_skipped += self.verdict == SKIP
-        self.num_reverted += self.verdict == REVERT
+        self.num_revert_steps += self.verdict == REVERT
         self.anchor_age += is_applied
         if self.is_moved:
             self.anchor_age = 1

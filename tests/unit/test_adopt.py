@@ -158,7 +158,7 @@ def test_a_fault_right_after_adoption_is_survived(first, num_bad, factor):
     data[0][first : first + num_bad] *= factor
     _, state, losses = train(tx, params, lo.adopt(tx, params, state), data)
     report = lo.metrics(state)
-    num_rejected = report["num_skipped"] + report["num_reverted"]
+    num_rejected = report["num_skipped"] + report["num_revert_steps"]
     assert num_rejected + report["num_bounded"] >= num_bad
     assert num_rejected <= num_bad + 4
     _, _, plain = go_on("adamw")
@@ -179,7 +179,7 @@ def test_a_revert_after_adoption_goes_no_further_back_and_keeps_the_moments():
     assert min(float(jnp.max(n)) for n in jax.tree.leaves(micro.nu)) > 0.0
     _, adopted, _ = train(tx, params, adopted, healthy(NUM_BEFORE, NUM_BEFORE + 2))
     assert adopted.num_harmful == 1
-    assert adopted.damping == 0.5
+    assert adopted.damping_factor == 0.5
     # what was not finite alone says nothing of the rate
     assert lo.metrics(adopted)["macro_rate"] == 1.0
 

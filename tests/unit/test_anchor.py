@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.buffers import shared_buffers
 
-from lalerg_optax._anchor import at_hand, copy_params, look_back, move
+from lalerg_optax._anchor import copy_params, fetched, look_back, move
 from lalerg_optax._sums import global_norm
 
 
@@ -74,7 +74,7 @@ def test_an_anchor_in_host_memory_is_fetched_where_it_is_needed_alone(is_needed)
     params = {"w": jnp.array([5.0, 6.0])}
     home = {"w": jnp.array([1.0, 2.0])}
     anchor = copy_params(home, "bfloat16", "pinned_host")
-    found = jax.jit(at_hand)(is_needed, anchor, params)
+    found = jax.jit(fetched)(is_needed, anchor, params)
     np.testing.assert_array_equal(found["w"], (home if is_needed else params)["w"])
     assert found["w"].dtype == jnp.float32
 

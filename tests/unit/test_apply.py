@@ -60,7 +60,7 @@ def test_revert_is_exact(dtype, blow_up):
             assert all_finite(updates)
             p = apply_updates(p, updates, state)
             trail.append(p)
-        assert state.num_reverted == 2
+        assert state.num_revert_steps == 2
         return trail
 
     trail = rejected(lo.apply_updates)

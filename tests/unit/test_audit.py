@@ -97,7 +97,7 @@ def test_without_a_level_that_lowers_the_rate_a_start_is_not_repeated_for_ever()
         grads = jnp.asarray(rng.standard_normal(4), jnp.float32)
         updates, state = update(grads, state, params, value=1.0)
         params = lo.apply_updates(params, updates, state)
-    assert state.num_reverted <= 2 * 9
+    assert state.num_revert_steps <= 2 * 9
     assert state.num_accepted > 250
 
 

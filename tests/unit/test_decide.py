@@ -73,7 +73,7 @@ def test_two_high_losses_that_are_high_at_the_anchor_too_were_no_fault_of_the_up
     }
     assert report["num_trials"][-1] == 1
     assert report["num_harmful"][-1] == 0
-    assert np.all(report["damping"] == 1.0)
+    assert np.all(report["damping_factor"] == 1.0)
 
 
 def test_hard_data_of_a_kind_that_was_there_before_are_not_gone_back_for():

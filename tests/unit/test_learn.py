@@ -33,7 +33,7 @@ def test_harder_batches_that_come_to_stay_are_never_skipped_and_soon_ordinary(le
 def test_harm_cuts_the_damping_and_it_recovers_ever_faster():
     losses, grads = make(num_steps=500)
     losses[200:202] = 5.0
-    damping = judge(losses, grads)[1]["damping"]
+    damping = judge(losses, grads)[1]["damping_factor"]
     assert np.all(damping[:203] == 1.0)
     assert damping[203] == 0.5
     for n in (1, 16, 32, 48):
@@ -47,7 +47,7 @@ def test_harm_that_recurs_cuts_again_down_to_a_floor():
     losses, grads = make()
     for first in range(200, 300, 6):
         losses[first : first + 2] = np.nan
-    damping = judge(losses, grads)[1]["damping"]
+    damping = judge(losses, grads)[1]["damping_factor"]
     assert np.min(damping) == 2.0**-10
     assert damping[-1] > 2.0**-9
 

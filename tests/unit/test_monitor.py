@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers.judged import NAMES
+from helpers.judged import NAMES, judge, make
 
 import lalerg_optax as lo
 
@@ -63,4 +63,22 @@ def test_metrics_of_a_state_without_our_parts_are_a_value_error(state):
 def test_the_docstring_of_metrics_names_all_that_is_in_it():
     table = lo.metrics.__doc__.split("=======\n")[2]
     named = re.findall(r"^    (\w+) ", table, flags=re.MULTILINE)
-    assert set(named) == set(lo.metrics(lo.lalerg().init(jnp.zeros(3))))
+    report = lo.metrics(lo.lalerg().init(jnp.zeros(3)))
+    assert set(named) == set(report) - {"damping", "num_reverted"}
+
+
+def test_former_names_are_deprecated_and_mean_what_they_meant():
+    losses, grads = make(210)
+    losses[200:202] = 50.0
+    _, reports, seen = judge(losses, grads)
+    for former, name in (
+        ("damping", "damping_factor"),
+        ("num_reverted", "num_revert_steps"),
+    ):
+        np.testing.assert_array_equal(reports[former], reports[name])
+        with pytest.warns(DeprecationWarning, match=f"{former} is called {name}"):
+            np.testing.assert_array_equal(getattr(seen, former), reports[name])
+    assert np.min(reports["damping"]) == 0.5
+    assert reports["num_reverted"][-1] == 2
+    first = np.argmax(reports["num_reverted"] > 0)
+    assert reports["num_reverts"][first - 1 : first + 2].tolist() == [0, 1, 1]

@@ -26,7 +26,7 @@ def make_history():
         "avg_value": np.geomspace(2.0, 0.1, NUM_STEPS),
         "verdict": verdict,
         "macro_rate": 4.0 * ones,
-        "damping": np.where(np.arange(NUM_STEPS) < 20, 1.0, 0.5),
+        "damping_factor": np.where(np.arange(NUM_STEPS) < 20, 1.0, 0.5),
         "scaled_error": error,
         "scaled_norm_error": 0.5 * error,
         "update_ratio/params/hidden/kernel": leaf,
@@ -63,13 +63,14 @@ def test_rates_are_drawn_with_their_product():
     history = make_history()
     drawn = lines(plot.run(history).axes[1])
     np.testing.assert_array_equal(
-        drawn["both together"].get_ydata(), history["macro_rate"] * history["damping"]
+        drawn["both together"].get_ydata(),
+        history["macro_rate"] * history["damping_factor"],
     )
     np.testing.assert_array_equal(
         drawn["macro rate (search)"].get_ydata(), history["macro_rate"]
     )
     np.testing.assert_array_equal(
-        drawn["damping (after reverts)"].get_ydata(), history["damping"]
+        drawn["damping (after reverts)"].get_ydata(), history["damping_factor"]
     )
 
 

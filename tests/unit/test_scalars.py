@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lalerg_optax._records import RegulatorScalars
-from lalerg_optax._scalars import count_if, lanes, pack, read, unpack
+from lalerg_optax._scalars import as_vector, count_if, pack, read, unpack
 from lalerg_optax._search_rule import MacroScalars
 
 
@@ -55,7 +55,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 
 def test_lanes_are_in_the_order_that_was_given():
-    np.testing.assert_array_equal(lanes([3.0, -1.0, 2.0]), [3.0, -1.0, 2.0])
+    np.testing.assert_array_equal(as_vector([3.0, -1.0, 2.0]), [3.0, -1.0, 2.0])
 
 
 def test_a_count_goes_up_where_it_should_and_stays_at_the_largest():
