@@ -211,9 +211,8 @@ def look_and_move(
             # A search from far below costs little, one from above may cost the run.
             is_far = reach > RULE.most_reach
             is_far &= last.num_revert_steps < 2 * RULE.far_restarts
-            is_bad &= (
-                last.num_revert_steps < 2 * RULE.most_restarts
-            )  # of two steps each
+            # a restart takes two steps
+            is_bad &= last.num_revert_steps < 2 * RULE.most_restarts
             is_failed = (is_bad | is_far) & ~is_started
             # Afterwards until the way is long enough, or clearly up or down.
             is_told = jnp.abs(look.alignment) > RULE.clear_errors * error

@@ -10,9 +10,8 @@ from jax import lax
 
 from ._numbers import SMALLEST
 
-_STEPS_PER_REMEMBERED = (
-    4  # one of so many of all steps so far is remembered, where memory grows
-)
+# where memory grows, one of so many of all steps so far is remembered
+_STEPS_PER_REMEMBERED = 4
 
 
 class MomentRule(NamedTuple):
@@ -80,10 +79,8 @@ def product_of_decays(rule: MomentRule, t: jax.Array) -> jax.Array:
     if not rule.is_growing:
         return rule.b2**t
     # it grows between these steps, where factors (j - 4) / j cancel each other
-    first, last = (
-        _STEPS_PER_REMEMBERED / (1.0 - rule.b2),
-        _STEPS_PER_REMEMBERED / (1.0 - rule.last_b2),
-    )
+    first = _STEPS_PER_REMEMBERED / (1.0 - rule.b2)
+    last = _STEPS_PER_REMEMBERED / (1.0 - rule.last_b2)
     steps = jnp.clip(t, first, last)
     growing = math.prod((first - k) / (steps - k) for k in range(_STEPS_PER_REMEMBERED))
     before, after = jnp.minimum(t, first), jnp.maximum(t - last, 0.0)

@@ -12,11 +12,9 @@ from jax import lax
 
 PyTree = Any
 
-_MAX_SMALL_LEAF_ENTRIES = (
-    2**14
-)  # entries; larger leaves are worth a kernel of their own
-_MAX_SINGLE_LEAVES = 64  # leaves; only more of them take long to compile
-_LEAVES_PER_GROUP = 16  # leaves
+_MAX_SMALL_ENTRIES = 2**14  # larger leaves are worth a kernel of their own
+_MAX_SINGLE_LEAVES = 64  # only more of them take long to compile
+_LEAVES_PER_GROUP = 16
 
 
 def _real_parts(leaves: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
@@ -67,10 +65,8 @@ def sum_entries(term: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
         shapes.setdefault(_alike(part), []).append(part)
     total = jnp.zeros((), jnp.float32)
     for (shape, _), alike in shapes.items():
-        is_shared = (
-            len(alike) > _MAX_SINGLE_LEAVES
-            and np.prod(shape) <= _MAX_SMALL_LEAF_ENTRIES
-        )
+        is_small = np.prod(shape) <= _MAX_SMALL_ENTRIES
+        is_shared = len(alike) > _MAX_SINGLE_LEAVES and is_small
         step = _LEAVES_PER_GROUP if is_shared else 1
         for first in range(0, len(alike), step):
             terms = [term(*part) for part in alike[first : first + step]]
