@@ -268,15 +268,15 @@ REAL_TASKS = (
 
 @pytest.fixture
 def measure_task():
-    """Runs AdamW under the regulator, at rates up to the tuned one, three seeds."""
+    """Runs AdamW under the regulator, at shares of the tuned rate, three seeds."""
     alarms = benchmark("alarms")
     decades = alarms.Decades(alarms.RESULTS / "decades.json")
     decades.load()
 
-    def measure(task):
+    def measure(task, shares=alarms.SHARES):
         tuned = decades.reference(task, "rates")
         cells = {
-            "rates": [share * tuned for share in alarms.SHARES],
+            "rates": [share * tuned for share in shares],
             "num_seeds": 3,
             "num_steps": decades.runs[task, "adamw"]["num_steps"],
         }
@@ -300,9 +300,15 @@ def test_100_000_steps_of_real_training_on_eight_tasks_are_left_alone(measure_ta
 
 @pytest.mark.slow
 def test_where_adam_spikes_by_itself_going_back_helps(measure_task):
-    found = measure_task("mlp")  # the loss leaps tenfold at the tuned rate, constant
-    assert any(entry["alarms"] for entry in found)
-    for entry in found:
-        for first, second in itertools.pairwise(entry["alarms"]):
-            if first["verdict"] == "REVERT" == second["verdict"]:
-                assert second["loss"] < first["loss"] / 2
+    # the loss leaps tenfold now and then at a constant rate; at which is chance
+    found = measure_task("mlp", shares=range(1, 9))
+    changes = [
+        second["loss"] / first["loss"]
+        for entry in found
+        for first, second in itertools.pairwise(entry["alarms"])
+        if first["verdict"] == "REVERT" == second["verdict"]
+        and second["step"] == first["step"] + 1
+    ]
+    assert changes, "no spike"
+    assert np.median(changes) < 0.5
+    assert max(changes) < 1.0
