@@ -1,4 +1,4 @@
-"""Act: how a gradient is let in, and which step params take. Trees only."""
+"""Act: the gradient that ``inner`` sees, and the step of the params. Trees only."""
 
 import functools
 
@@ -19,7 +19,7 @@ def scale_of(
     grad_norm: jax.Array,
     clip_norm: jax.typing.ArrayLike | None,
 ) -> jax.Array:
-    """Returns the factor of a gradient that is to be bounded, or clipped."""
+    """Returns the factor that bounds or clips a gradient."""
     limit = jnp.where(verdict == Verdict.BOUND, jnp.exp(seen.log_limit), jnp.inf)
     if clip_norm is not None:
         limit = jnp.minimum(limit, clip_norm)
@@ -29,7 +29,7 @@ def scale_of(
 def _scaled(g: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns a gradient times a scale of at most 1.
 
-    What is rounded to bfloat16 for several uses XLA stores; to cut digits off is free.
+    XLA would store a product rounded to bfloat16 for several uses; to truncate is free.
     """
     if g.dtype != jnp.bfloat16:
         return scale.astype(g.dtype) * g
@@ -67,7 +67,7 @@ def act(
     def step_of(gate: jax.Array, p: jax.Array, u: jax.Array, a: jax.Array) -> jax.Array:
         damped = (gate * u).astype(p.dtype)
         step = jnp.where(is_reverted, a.astype(p.dtype) - p, damped)
-        is_safe = jnp.isfinite(p + step)  # of 0 * nan, too
+        is_safe = jnp.isfinite(p + step)  # also for 0 * nan
         return jnp.where(is_safe, step, jnp.zeros((), p.dtype))
 
     if squares is None:

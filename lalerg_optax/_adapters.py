@@ -28,10 +28,9 @@ def without_value(
         update(g, s, p) = tx.update(g, s, p, value=None)
 
     A NaN, an infinity and an outlier among the gradient norms are skipped and reverted
-    as ever. A loss that rises under gradients of the usual size is not seen, and a
-    macro level goes by its audits alone. A ``value`` that *is* passed is dropped, which
-    serves an objective that is meant to rise (one side of a GAN) where a library passes
-    it.
+    as usual. A loss that rises under gradients of the usual size is not seen, and a
+    macro level uses its audits only. A ``value`` that *is* passed is dropped: this
+    suits an objective that is meant to rise (one side of a GAN).
 
     Args:
       tx: an optimizer with a part of this package in it, at any depth.
@@ -40,7 +39,7 @@ def without_value(
       An ``optax.GradientTransformationExtraArgs`` with the state of ``tx``.
 
     Raises:
-      TypeError: if ``tx`` is no transformation.
+      TypeError: if ``tx`` is not a transformation.
 
     Example:
       >>> import jax.numpy as jnp, optax, lalerg_optax as lo
@@ -71,7 +70,7 @@ class TracksParamsState(NamedTuple):
     """State of `tracks_params`.
 
     Attributes:
-      tracked_params: what the params of the caller are, a tree like them.
+      tracked_params: a copy of the caller's params, a tree like them.
       inner_state: the state of the wrapped optimizer.
 
     Example:
@@ -88,7 +87,7 @@ class TracksParamsState(NamedTuple):
 def tracks_params(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps the params itself: for callers that pass none to ``update``.
+    r"""Keeps its own copy of the params: for callers that pass none to ``update``.
 
     With :math:`q_1` the params that ``init`` was called with,
 
@@ -97,15 +96,15 @@ def tracks_params(
         u_t &= tx.update(g_t, s_t, q_t) \\
         q_{t+1} &= q_t + u_t
 
-    The caller has to do the same, ``optax.apply_updates`` to all of :math:`u_t`, and
-    nothing else: params that are projected, replaced or averaged between two steps are
-    not those that are tracked. Rounding is the same for both where XLA adds after it
-    has rounded :math:`u_t`; where it fuses the sum with the product before it, the two
-    may part by a rounding error a step, which no later step takes back. A revert then
-    leads to the anchor plus that difference: neither exact reverts nor the mending of a
-    parameter that was hit from outside (`apply_updates`) are to be had. It costs one
-    more copy of the params in memory. Params that are passed nevertheless are taken,
-    and tracked from there on.
+    The caller has to do the same, ``optax.apply_updates`` with all of :math:`u_t`, and
+    nothing else: params that are projected, replaced or averaged between two steps
+    differ from the tracked ones. Both are rounded alike where XLA adds after it has
+    rounded :math:`u_t`. Where it fuses the sum with the product before it, the two may
+    drift apart by a rounding error per step, which no later step removes. A revert then
+    leads to the anchor plus that difference: neither exact reverts nor the repair of a
+    parameter that was corrupted from outside (`apply_updates`) is available. It costs
+    one more copy of the params in memory. Params that are passed nevertheless are used,
+    and tracked from then on.
 
     Args:
       tx: an optimizer; `without_value` around it if there is no loss either.
@@ -114,7 +113,7 @@ def tracks_params(
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` needs no params.
 
     Raises:
-      TypeError: if ``tx`` is no transformation, or a state that of another one.
+      TypeError: if ``tx`` is not a transformation, or a state is that of another one.
 
     Example:
       >>> import jax.numpy as jnp, optax, lalerg_optax as lo

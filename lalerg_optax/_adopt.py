@@ -1,4 +1,4 @@
-"""adopt: a run that is under way goes on under another optimizer."""
+"""adopt: continues a run in progress with another optimizer."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from ._records import RegulatorScalars
 from ._regulate import ErrorRegulateState
 from ._scalars import pack, unpack
 
-# what may have no counterpart on the other side, and is begun anew or left behind
+# states that may lack a counterpart on the other side: initialized, or dropped
 _OPTIONAL = (ErrorRegulateState, ScaleByMacroRateState, optax.ScaleByScheduleState)
 _ADVICE = (
     "adopt goes between optimizers with the same moments: protect the old one as it "
@@ -23,7 +23,7 @@ _ADVICE = (
 def adopt(
     tx: optax.GradientTransformation, params: optax.Params, opt_state: optax.OptState
 ) -> optax.OptState:
-    r"""Returns a state of ``tx`` that goes on where another optimizer is.
+    r"""Returns a state of ``tx`` that continues where another optimizer is.
 
     A run of ``optax.adamw`` becomes a protected one, and back:
 
@@ -33,46 +33,44 @@ def adopt(
         opt_state = adopt(error_regulate(optax.adamw(schedule)), params, adamw_state)
         adamw_state = adopt(optax.adamw(schedule), params, opt_state)
 
-    With :math:`s = tx.init(params)` and the state :math:`o` that is given, the state
-    is that of ``tx`` with all that both hold,
+    With :math:`s = tx.init(params)` and the given state :math:`o`, the result is
+    :math:`s` with everything that both hold taken from :math:`o`,
 
     .. math::
 
         s[\mu, \nu, t, counts, \ldots] \leftarrow o[\mu, \nu, t, counts, \ldots]
 
-    so that, as long as there is nothing to object to, the next step is the one that
-    the old optimizer would have taken, if both have the same hyperparameters
-    (``b1``, ``b2``, ``eps``, ``weight_decay``; ``gradient_share=0`` where the other is
-    Adam: the state has none).
-    States are paired in the order of the chains, whatever they are nested in:
+    As long as there is nothing to object to, the next step is the one that the old
+    optimizer would have taken, if both have the same hyperparameters (``b1``, ``b2``,
+    ``eps``, ``weight_decay``; ``gradient_share=0`` where the other is Adam), which the
+    state does not hold.
+    States are paired in the order of the chains, at any depth of nesting:
 
-    * States of the same type: ``error_regulate(inner)`` takes any ``inner`` over
-      whole, and from one protected optimizer to another history, anchor and rates are
-      kept, too.
+    * States of the same type: ``error_regulate(inner)`` takes over any ``inner`` as a
+      whole. Between two protected optimizers, history, anchor and rates are kept, too.
     * Moments and count of Adam (``optax.scale_by_adam``) and of
-      `scale_by_micro_rate` are the same ones. Dtypes become those of ``tx``.
-    * A schedule that is new begins at the count of the moments.
-    * A regulator that is new has seen nothing: it judges gradient norms from its second
-      step on and losses from the 17th, and its anchor is ``params``. Its first audit
-      counts as passed, so that no revert goes back to the start of the run, of which
-      it knows nothing, and none wipes the moments out.
-    * A macro level that is new has found its rate, :math:`r = 1`, :math:`t` steps lie
-      behind it, and the best alignment is taken for 1: with ``search=True`` it goes
-      on in small steps by the loss, and leaps only where the alignment is clearly above
-      a half. ``search=False`` leaves the rate alone, and is what a run wants whose rate
-      was right.
+      `scale_by_micro_rate` are the same. Dtypes become those of ``tx``.
+    * A new schedule begins at the count of the moments.
+    * A new regulator has seen nothing: it judges gradient norms from its second step on
+      and losses from the 17th, and its anchor is ``params``. Its first audit counts as
+      passed, so no revert goes back to the start of the run, which it does not know,
+      and none resets the moments.
+    * A new macro level has found its rate, :math:`r = 1`, after :math:`t` steps, and
+      its best alignment is taken to be 1. With ``search=True`` it goes on in small
+      steps by the loss, and leaps only where the alignment is clearly above a half.
+      ``search=False`` leaves the rate alone: use it if the rate was right.
 
-    On the way back what is left behind are the factors of the learning rate,
-    ``macro_rate`` and ``damping_factor`` (`metrics`): where they are not 1, multiply
-    the learning rate by them.
+    On the way back the factors of the learning rate, ``macro_rate`` and
+    ``damping_factor`` (`metrics`), are dropped: where they are not 1, multiply the
+    learning rate by them.
 
-    Can be jitted. Without, what is taken over shares its buffers with ``opt_state``.
+    Can be jitted. Without ``jit``, the result shares buffers with ``opt_state``.
 
     Args:
-      tx: the optimizer that goes on.
+      tx: the optimizer that continues the run.
       params: the current params.
-      opt_state: the current state of the optimizer before; a checkpoint has to be
-        restored as what it is first (into ``optax.adamw(...).init(params)``, say).
+      opt_state: the current state of the previous optimizer; a checkpoint has to be
+        restored into its own state first (``optax.adamw(...).init(params)``, say).
 
     Returns:
       A state with the tree, shapes and dtypes of ``tx.init(params)``.
@@ -102,7 +100,7 @@ def adopt(
 
 
 def _take_over(new: Any, old: Any) -> Any:
-    """Returns ``new`` with all that ``old`` holds of it."""
+    """Returns ``new`` with everything that ``old`` has a counterpart of."""
     if _tree(new) == _tree(old):
         return jax.tree.map(_fit, new, old)
     if isinstance(new, dict) and isinstance(old, dict) and new.keys() == old.keys():
@@ -116,7 +114,7 @@ def _take_over(new: Any, old: Any) -> Any:
             )
         )
     if not (isinstance(new, tuple) and isinstance(old, tuple)):
-        return _same(new, old)  # which they are not
+        return _same(new, old)  # raises: they differ
     parts = _parts(old)
     taken = _fill(new, parts, _num_steps(parts))
     lost = [type(part).__name__ for part in parts if not isinstance(part, _OPTIONAL)]
@@ -132,7 +130,7 @@ def _tree(node: Any) -> Any:
 
 
 def _shared(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """Returns the hyperparameters of ``inject_hyperparams``: those of both are kept."""
+    """Returns hyperparameters of ``inject_hyperparams``; common ones are the old."""
     return {k: _take_over(v, old[k]) if k in old else v for k, v in new.items()}
 
 
@@ -186,7 +184,7 @@ def _num_steps(parts: list[Any]) -> jax.Array | None:
 
 
 def _fill(new: Any, parts: list[Any], num_steps: jax.Array | None) -> Any:
-    """Returns ``new`` with the parts that belong there, which it takes out."""
+    """Returns ``new`` with the parts that belong there, and removes them from parts."""
     if isinstance(new, tuple) and not _is_state(new):
         return tuple(_fill(link, parts, num_steps) for link in new)
     if not jax.tree.leaves(new):
@@ -224,7 +222,7 @@ def _same(new: Any, old: Any) -> Any:
 
 
 def _regulated(new: ErrorRegulateState, old: Any) -> ErrorRegulateState:
-    """Returns a regulator that does not take the run for one that begins."""
+    """Returns a regulator that does not treat the run as a new one."""
     if old is not None:
         new = new._replace(
             scalars=_same(new.scalars, old.scalars),
@@ -242,6 +240,6 @@ def _begun(new: Any, num_steps: jax.Array | None) -> Any:
     if isinstance(new, ScaleByMacroRateState):
         return with_rate_found(new, steps)
     if isinstance(new, optax.ScaleByScheduleState):
-        # a real copy: a buffer that is in a state twice cannot be donated
+        # a real copy: a buffer that occurs twice in a state cannot be donated
         return new._replace(count=jnp.copy(_fit(new.count, steps)))
     raise ValueError(f"opt_state has nothing for {type(new).__name__}. {_ADVICE}")

@@ -51,9 +51,8 @@ def copy_params(
       memory: ``"device"`` or ``"pinned_host"``.
 
     Raises:
-      ValueError: if the devices have no such memory. To ask them is to start them, for
-        which the making of an optimizer would be too early
-        (``jax.distributed.initialize``).
+      ValueError: if the devices have no such memory. Asking them starts them, which
+        would be too early when an optimizer is made (``jax.distributed.initialize``).
     """
 
     def copy(p: jax.Array) -> jax.Array:
@@ -75,7 +74,7 @@ def copy_params(
 
 
 def _put(tree: PyTree, memory: str) -> PyTree:
-    """Moves a tree to a memory; a mixture of memories in one operation is refused."""
+    """Moves a tree to a memory: JAX refuses mixed memories in one operation."""
     space = jax.memory.Space.Host if memory == _HOST else jax.memory.Space.Device
     return jax.tree.map(lambda x: jax.device_put(x, space), tree)
 
@@ -90,10 +89,10 @@ def _on_device(anchor: PyTree) -> PyTree:
 
 
 def fetched(is_needed: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
-    """Returns the anchor where it can be computed with.
+    """Returns the anchor in device memory.
 
-    One that is kept in host memory is fetched only where it is needed; otherwise the
-    params stand in for it.
+    An anchor in host memory is fetched only where it is needed; otherwise the params
+    take its place.
     """
     if not _is_on_host(anchor):
         return anchor
@@ -114,10 +113,10 @@ def look_back(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Looks back at the anchor.
 
-    Returns whether there was anything to see, the alignment, the lengths of gradient
-    and way multiplied, and how far it is to the anchor in units of its norm (0 where
-    that is 0). There is nothing to see where the
-    gradient is zero or anything is not finite.
+    Returns whether there was anything to see, the alignment, the product of the lengths
+    of gradient and way, and the distance to the anchor in units of its norm (0 where
+    that is 0). There is nothing to see where the gradient is zero or anything is not
+    finite.
 
     With gradient ``g``, anchor ``a`` and params ``p``, the alignment is
     ``<g, a - p> / (|g| |a - p|)``, and 0 where the params have not moved. With mapped
@@ -125,12 +124,12 @@ def look_back(
     on all of them, this changes nothing.
     """
     anchor = _on_device(anchor)
-    # Both ends of the way as the anchor sees them. What a step of less than the
-    # resolution of a narrow dtype does to single entries is a whole unit or nothing,
-    # and right on average.
+    # Both ends of the way in the precision of the anchor. A step below the resolution
+    # of a narrow dtype changes single entries by a whole unit or not at all, which is
+    # right on average.
     params = jax.tree.map(_rounded, params, anchor)
     product = sum_entries(lambda g, a, p: g * (a - p), grads, anchor, params)
-    # p - a, not a - p: what two sums have in common, XLA would store
+    # p - a, not a - p: XLA would store a term that two sums have in common
     square = sum_entries(lambda a, p: lax.square(p - a), anchor, params)
     size = sum_entries(lambda a: a * a, anchor)
     if axis_name is not None:
@@ -152,12 +151,12 @@ def _rounded(param: jax.Array, anchor: jax.Array) -> jax.Array:
     if param.dtype == anchor.dtype:
         return param
     info = jnp.finfo(anchor.dtype)
-    # there and back again by casts, XLA would take for nothing
+    # XLA would remove a cast there and back
     return lax.reduce_precision(param, info.nexp, info.nmant)
 
 
 def move(is_moved: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
-    """Moves the anchor to the params; an entry that is not sound stays where it is."""
+    """Moves the anchor to the params, except for entries that are not sound."""
 
     def moved(a: jax.Array, p: jax.Array) -> jax.Array:
         p = p.astype(a.dtype)

@@ -24,7 +24,7 @@ _map = functools.partial(jax.tree.map, is_leaf=_is_masked)
 def _home(
     state: ErrorRegulateState, params: optax.Params, is_needed: jax.Array
 ) -> optax.Params:
-    """Returns the anchor of a regulator, with nodes in place of all other params."""
+    """Returns the anchor of a regulator, with masked nodes for all other params."""
     own = _map(lambda a, p: a if _is_masked(a) else p, state.anchor, params)
     return fetched(is_needed, state.anchor, own)
 
@@ -34,14 +34,14 @@ def apply_updates(
 ) -> optax.Params:
     """Applies updates like ``optax.apply_updates``; on a REVERT takes the anchor.
 
-    ``optax.apply_updates`` adds, and ``p + (a - p)`` is ``a`` up to rounding, never
-    for a ``p`` that is not finite. This function selects, so that params equal the
-    anchor bit for bit after a revert. On every step, an entry that is not finite, or
-    whose square is not in float32 (a bit has flipped between two steps, say), takes
-    that of the anchor: one that few batches look at, a row of an embedding, would else
-    be there for good, because the steps that it spoils are too rare for a revert. An
-    anchor in host memory is at hand on a revert only. All other entries are what Optax
-    makes of them.
+    ``optax.apply_updates`` adds, and ``p + (a - p)`` is ``a`` up to rounding, and never
+    for a ``p`` that is not finite. This function selects, so params equal the anchor
+    bit for bit after a revert. On every step, an entry that is not finite, or whose
+    square overflows float32 (after a bit flip between two steps, say), is replaced by
+    that of the anchor. Otherwise an entry that few batches use, such as a row of an
+    embedding, would never recover, because the steps that it spoils are too rare for a
+    revert. An anchor in host memory is available only on a revert. All other entries
+    are those of Optax.
 
     Args:
       params: a tree of parameters.
@@ -80,13 +80,13 @@ def apply_updates(
 def healthy_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
     """Returns the last params that are known to be healthy: those of the anchor.
 
-    What an update did shows at the next losses, so that the last one of a run, or the
-    one before a checkpoint, was judged by none. The anchor was: it is what params were
-    before a step whose loss and gradient norm were ordinary, at most ``anchor_every``
-    accepted steps ago, and it is held while anything is in doubt.
+    The effect of an update shows at the next losses. So no loss has judged the last
+    update of a run, or the one before a checkpoint. The anchor was judged: it holds the
+    params before a step whose loss and gradient norm were ordinary, at most
+    ``anchor_every`` accepted steps ago, and it is held while anything is in doubt.
 
     Args:
-      params: the params now, a tree; only those without a regulator are taken over.
+      params: the current params, a tree; only those without a regulator are returned.
       opt_state: the state of the optimizer. Regulators are found in it at any depth.
 
     Returns:

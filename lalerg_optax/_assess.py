@@ -10,7 +10,7 @@ from ._numbers import LARGEST, SMALLEST
 from ._records import Assessment, Conduct, JudgeRule, RegulatorScalars
 from ._scalars import as_vector
 
-_LOG_OF_LARGE_WEIGHT = 20.0  # logarithm of a weight whose fourth power is a float32
+_LOG_OF_LARGE_WEIGHT = 20.0  # the fourth power of this weight fits into float32
 
 
 # jit: outside of a jitted step, every operation would be dispatched by itself
@@ -26,7 +26,7 @@ def assess(
 ) -> Assessment:
     """Compares loss and gradient norm with those before; writes nothing.
 
-    The equations stand in ``docs/algorithm.md``.
+    The equations are in ``docs/algorithm.md``.
 
     Args:
       last: what is known.
@@ -41,7 +41,7 @@ def assess(
         loss = jnp.zeros((), jnp.float32)
     else:
         loss = jnp.where(jnp.isfinite(value), jnp.clip(value, -LARGEST, LARGEST), value)
-    # A zero gradient tells nothing: it is neither judged nor recorded.
+    # A zero gradient is no evidence: it is neither judged nor recorded.
     log_norm = jnp.where(grad_norm > 0.0, jnp.log(grad_norm), jnp.nan)
     is_usable = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -62,7 +62,7 @@ def assess(
         ),
     )
     tolerances = jnp.maximum(scales, rule.resolution * jnp.abs(medians) + SMALLEST)
-    # a signal that was never anything but constant tells nothing of its scale
+    # the scale of a signal that was always constant is unknown
     min_values = as_vector([NUM_START_VALUES, 1.0])
     known = (history.num_values >= min_values) & (scales > 0.0)
     rises = jnp.clip((signals - medians) / tolerances, -LARGEST, LARGEST)
@@ -73,7 +73,7 @@ def assess(
 
     is_high = is_usable & (error > 1.0)
     is_odd = is_usable & (norm_error > 1.0) & ~is_high
-    if value is None:  # the norm is all there is
+    if value is None:  # only the norm is available
         may_skip = last.skips_left >= 1.0
         is_high, is_odd = is_odd & ~may_skip, is_odd & may_skip
 
@@ -83,19 +83,19 @@ def assess(
     share = jnp.minimum(rule.widening * Z95 / rule.threshold, 1.0)
     alarms = jnp.minimum(medians + share * tolerances, LARGEST)
     recorded = jnp.where(known & (rises > 1.0), alarms, jnp.minimum(signals, LARGEST))
-    # Nor does a signal that cannot be judged yet, while the other one objects. From the
-    # way back until it is known what was wrong, the windows wait.
+    # A signal that cannot be judged yet is not recorded while the other one objects.
+    # From the way back until it is known what was wrong, the windows wait.
     is_recorded = jnp.isfinite(signals) & (known | ~(is_high | is_odd))
     is_recorded &= last.conduct <= Conduct.SUSPECT
     if value is None:
         is_recorded &= as_vector([0.0, 1.0]) > 0.0
     if value is None:
         is_undone = is_high
-    else:  # of NaN, too
+    else:  # also for NaN
         is_undone = ~(loss - medians[0] <= rule.undone * progress)
     norm_is_known = (history.num_values[1] > 0) & norm_is_judged
-    # What holds at the anchor, too, is hard: there the bound gives way step by step.
-    # That of an odd gradient never does: with an ordinary loss there is nothing new.
+    # Losses that are high at the anchor, too, are hard data: there the bound loosens
+    # step by step. That of an odd gradient never does: its loss shows nothing new.
     is_episode = last.conduct == Conduct.EPISODE
     tried = jnp.where(is_episode, last.ceiling_in_doubt - medians[1], 0.0)
     high_limit = jnp.maximum(jnp.maximum(tolerances[1], rule.bound_floor), tried)

@@ -27,18 +27,18 @@ class AuditRule(NamedTuple):
     """Numbers of the audit.
 
     Attributes:
-      num_early: steps before the anchor is due on which there is a look, too: with that
-        at the move, so many looks tell their own standard error. Noise asks for more.
+      num_early: steps with a look before the anchor is due: with the look at the move,
+        they are enough for a standard error. Noise requires more.
       clear_errors: standard errors from zero at which an audit is over.
       most_looks: looks after which an unclear start counts as a start.
       good_errors: standard errors above zero at which a start is good.
-      bad_errors: standard errors below zero at which it has failed; more, because it
-        costs what was learnt, and because looks at one anchor have a way in common.
+      bad_errors: standard errors below zero at which it has failed; more, because a
+        failure costs what was learnt, and because looks at one anchor share a way.
       most_reach: how far the first steps may lead, in units of the params.
       far_restarts: times that a start may be taken back because of that.
-      most_restarts: times that a run may begin anew: where nobody lowers the rate, a
+      most_restarts: times that a run may restart: where nothing lowers the rate, a
         start that fails once fails for ever.
-      held_looks: by how many more looks are summed up where the anchor does not move.
+      held_looks: looks beyond those wanted after which a held anchor is audited, too.
       variance_decay: decay of the average variance of a look.
     """
 
@@ -65,17 +65,17 @@ def due(
     *,
     audit: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns if there is anything to do about the anchor.
+    """Returns whether there is anything to do about the anchor.
 
-    And whether it may move (0 no, 1 if looks are clear, 2 yes), and how many looks are
+    Also whether it may move (0 no, 1 if looks are clear, 2 yes), and how many looks are
     wanted before it does.
     """
     shortest = jnp.maximum(last.num_accepted // 8, rule.min_anchor_every)
     shortest = jnp.minimum(shortest, rule.anchor_every)
     longest, num_wanted = shortest, jnp.zeros((), jnp.int32)
     if audit:
-        # So many looks tell the alignment to so much of itself. The more they are, the
-        # longer the way that they have to look back on. (As one array: one kernel.)
+        # So many looks determine the alignment to a given share of itself. More looks
+        # need a longer way to look back on. (As one array: one kernel.)
         steps = as_vector([rule.noise_steps, rule.least_steps])
         alignments = as_vector([last.alignment, last.alignment_scale])
         looks = steps * last.look_variance / jnp.maximum(alignments**2, 1e-12)
@@ -104,10 +104,10 @@ def _summed_up(
     length: jax.Array,
     weight: jax.Array,
 ) -> Look:
-    """Returns what all looks at this anchor say together.
+    """Returns the summary of all looks at this anchor.
 
-    It is a ratio of sums and no mean of ratios: of one example, the many gradients that
-    are small agree with where the params went, and the few large ones do not.
+    It is a ratio of sums, not a mean of ratios: with one example a batch, the many
+    small gradients agree with the way the params went, and the few large ones do not.
     """
     weight = jnp.where(is_seen, weight, 0.0)
     num_looks = last.num_looks + is_seen
@@ -125,7 +125,7 @@ def _summed_up(
     mean = look_sum / (count * unit)
     rest = look_square - 2.0 * mean * look_cross + mean**2 * look_weight_square
     own = jnp.maximum(rest, 0.0) / (unit**2 * jnp.maximum(count - 1.0, 1.0))
-    # that of few looks is itself uncertain
+    # the variance of few looks is itself uncertain
     pooled = last.look_variance + (1.0 - RULE.variance_decay) * (
         own - last.look_variance
     )
@@ -152,7 +152,7 @@ def _summed_up(
     )
 
 
-# jit: outside of a jitted step, a conditional would be compiled anew at every call
+# jit: outside of a jitted step, a conditional would be compiled again at every call
 @functools.partial(jax.jit, static_argnames=("audit", "axis_name"), inline=True)
 def look_and_move(
     is_due: jax.Array,
@@ -170,16 +170,16 @@ def look_and_move(
     audit: bool,
     axis_name: str | tuple[str, ...] | None,
 ) -> tuple[optax.Params, Look]:
-    """Where that is due, looks back at the anchor and moves it to the params.
+    """Looks back at the anchor and moves it to the params, if due.
 
     This is the only conditional of a step, because an accelerator has to wait for the
-    predicate. The updates depend on what comes out of it: so the copy lies before the
-    in-place write of the params, and XLA needs no second one.
+    predicate. The updates depend on its result: so the copy precedes the in-place write
+    of the params, and XLA needs no second one.
 
     Args:
       is_due: whether there is anything to do, bool scalar.
-      readiness: whether the anchor may move if what is seen allows it: 0 no, 1 once
-        that is clear, 2 even if it is not, int32 scalar.
+      readiness: whether the anchor may move if the looks allow it: 0 no, 1 once they
+        are clear, 2 even if they are not, int32 scalar.
       num_wanted: looks that are wanted before the anchor moves, int32 scalar.
       is_started: whether the run has begun well, bool scalar.
       weight: of this look, float32 scalar.
@@ -202,7 +202,7 @@ def look_and_move(
             look = _summed_up(last, is_seen, alignment, bound * length, weight)
             # Before the first good audit, looks go on until together they are clear.
             error = look.alignment_error
-            # three of one weight: a heavy one alone knows no error
+            # three of one weight: a heavy one alone has no standard error
             is_enough = look.look_weight**2 > 2.5 * look.look_weight_square
             is_good = is_enough & (look.alignment > RULE.good_errors * error)
             is_bad = is_enough & (look.alignment < -RULE.bad_errors * error)
@@ -215,11 +215,11 @@ def look_and_move(
             is_bad &= last.num_revert_steps < 2 * RULE.most_restarts
             is_failed = (is_bad | is_far) & ~is_started
             # Afterwards until the way is long enough, or clearly up or down.
-            is_told = jnp.abs(look.alignment) > RULE.clear_errors * error
-            is_told = (readiness > 1) | (is_enough & is_told)
+            is_over = jnp.abs(look.alignment) > RULE.clear_errors * error
+            is_over = (readiness > 1) | (is_enough & is_over)
             is_moved = (readiness > 0) & ~is_failed
-            is_moved &= jnp.where(is_started, is_told, is_clear)
-            # where the anchor is held, what is seen of it is told all the same
+            is_moved &= jnp.where(is_started, is_over, is_clear)
+            # the looks at an anchor that is held are reported as well
             is_held = is_started & (look.num_looks >= num_wanted + RULE.held_looks)
             look = look._replace(
                 reach=jnp.where(is_failed, reach, 0.0),
@@ -227,10 +227,10 @@ def look_and_move(
                 is_failed=is_failed,
                 is_moved=is_moved,
             )
-        # Read back, or XLA repeats the sums that this hangs on, over all leaves, in the
-        # kernel of each.
-        told = pack(look)
-        return move(read(Look, told, "is_moved"), anchor, params), told
+        # Read back: otherwise XLA repeats the sums that this depends on, over all
+        # leaves, in the kernel of each.
+        report = pack(look)
+        return move(read(Look, report, "is_moved"), anchor, params), report
 
     def keep() -> tuple[optax.Params, Scalars]:
         looks = {name: getattr(last, name) for name in LOOKS} if audit else {}
@@ -238,5 +238,5 @@ def look_and_move(
 
     # The branch that passes a buffer through has to be the false one: as the true
     # one it costs a copy (https://github.com/jax-ml/jax/issues/39449).
-    moved, told = lax.cond(is_due, look_now, keep)
-    return moved, unpack(Look, told)
+    moved, report = lax.cond(is_due, look_now, keep)
+    return moved, unpack(Look, report)

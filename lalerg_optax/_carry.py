@@ -1,4 +1,4 @@
-"""Carry: the loss travels with the gradient, where a library passes nothing else."""
+"""Carry: the gradient carries the loss, for libraries that pass nothing else."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ from ._checks import check_transformation
 
 
 class Carrier(NamedTuple):
-    """Params with a slot beside them through which the loss travels as a gradient.
+    """Params, and a slot whose gradient is the loss.
 
     Attributes:
       params: a tree of parameters.
-      slot: 0, always; in the gradient that `carry_value` makes, the loss.
+      slot: always 0; the loss, in the gradient that `carry_value` makes.
 
     Example:
       >>> import lalerg_optax as lo
@@ -33,7 +33,7 @@ class Carrier(NamedTuple):
 def _loss_with_slot(loss: jax.Array, slot: jax.Array) -> jax.Array:
     """Returns the loss; its derivative in the slot is the loss.
 
-    It is what ``loss + slot * stop_gradient(loss)`` would be if 0 * inf were 0.
+    It equals ``loss + slot * stop_gradient(loss)`` as if 0 * inf were 0.
     """
     del slot
     return loss
@@ -49,10 +49,10 @@ def _loss_with_slot_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Arr
 def carry_value(
     loss_fn: Callable[..., Any], *, has_aux: bool = False
 ) -> Callable[..., Any]:
-    r"""Makes the loss travel in the gradient: for callers that pass no loss.
+    r"""Makes the gradient carry the loss: for callers that pass no loss.
 
-    For params :math:`p` and a slot :math:`z` that is 0 at all times, the function that
-    is returned has
+    For params :math:`p` and a slot :math:`z` that is always 0, the returned function
+    has
 
     .. math::
 
@@ -60,7 +60,7 @@ def carry_value(
         \partial f / \partial p = \nabla L(p), \qquad
         \partial f / \partial z = L(p)
 
-    and `value_from_gradient` takes the loss out again. What averages gradients over
+    and `value_from_gradient` takes the loss out again. An average of gradients over
     devices or micro-batches averages the loss as well.
 
     Args:
@@ -105,9 +105,9 @@ def value_from_gradient(
 
         update((g, L), s, (p, 0)) = (tx.update(g, s, p, value=L), 0)
 
-    The slot is no parameter: ``tx`` never sees it, and it is in no norm. Put this
-    outermost, because what changes gradients outside (a clip, a loss scale) changes the
-    loss with them.
+    The slot is not a parameter: ``tx`` never sees it, and it is in no norm. Put this
+    outermost, because a transformation outside (a clip, a loss scale) would change the
+    loss with the gradients.
 
     Args:
       tx: an optimizer with a part of this package in it, at any depth.
@@ -117,7 +117,8 @@ def value_from_gradient(
       the state of ``tx`` for ``carrier.params``.
 
     Raises:
-      TypeError: if ``tx`` is no transformation, or params or gradients no `Carrier`.
+      TypeError: if ``tx`` is not a transformation, or params or gradients are not a
+        `Carrier`.
 
     Example:
       >>> import jax.numpy as jnp, optax, lalerg_optax as lo

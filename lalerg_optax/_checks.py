@@ -1,4 +1,4 @@
-"""Checks of what users hand in: hyperparameters when made, all else when traced."""
+"""Checks of user input: hyperparameters at construction, all others at tracing."""
 
 import inspect
 import math
@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-MISSING: Any = object()  # a value that was forgotten, which is not None
+MISSING: Any = object()  # a forgotten value, as opposed to None
 
 
-# Names of scalars that metrics and states had in 0.1; they go in 0.3.
+# Names of scalars in metrics and states of 0.1; they will be removed in 0.3.
 FORMER_NAMES = {"damping": "damping_factor", "num_reverted": "num_revert_steps"}
 
 
 def present_name(name: str) -> str:
-    """Returns what a scalar is called now, and warns of a name that is deprecated."""
+    """Returns the present name of a scalar, and warns of a deprecated one."""
     if name not in FORMER_NAMES:
         return name
     now = FORMER_NAMES[name]
@@ -42,9 +42,9 @@ def check_range(
 ) -> None:
     """Raises a ValueError unless ``value`` lies between ``low`` and ``high``.
 
-    It has to lie there in float32, too, which is what steps are computed in. An array
-    or a tracer passes: that is how ``optax.inject_hyperparams`` hands a hyperparameter
-    in, and it may have no value yet.
+    It has to lie there in float32, too, in which steps are computed. An array or a
+    tracer passes: ``optax.inject_hyperparams`` passes hyperparameters as arrays, which
+    may have no value yet.
     """
     if isinstance(value, jax.Array):
         return
@@ -67,7 +67,7 @@ def check_range(
 def check_growing(
     name: str, value: Any, low: float, high: float, *, high_open: bool = False
 ) -> tuple[Any, Any]:
-    """Returns where a hyperparameter begins and ends, one object if it is a number.
+    """Returns first and last value of a hyperparameter, one object if it is a number.
 
     Raises:
       ValueError: unless ``value`` is a number in the range, or a pair of numbers below
@@ -116,8 +116,8 @@ def check_second_level(name: str, micro: Any) -> None:
     """Raises unless a transformation can be a second level.
 
     Raises:
-      TypeError: if it is no transformation or refuses extra arguments.
-      ValueError: if it turns a gradient round, as a whole optimizer does.
+      TypeError: if it is not a transformation or refuses extra arguments.
+      ValueError: if it reverses the sign of a gradient, as a whole optimizer does.
     """
     check_transformation(name, micro, example="optax.scale_by_lion()")
     if _turns_round(micro):
@@ -132,8 +132,8 @@ def check_second_level(name: str, micro: Any) -> None:
 def _turns_round(tx: optax.GradientTransformation) -> bool:
     """Whether every entry of a first update is below zero where the gradient is above.
 
-    It is tried on two by two params. What cannot be tried is not accused: it may need
-    params of its own kind, or hyperparameters may have no value yet.
+    It is tried on two by two params. A transformation that cannot be tried passes: it
+    may need params of its own kind, or hyperparameters may have no value yet.
     """
 
     @jax.jit
@@ -187,7 +187,7 @@ def as_loss(value: jax.typing.ArrayLike | None) -> jax.Array | None:
 
 
 def _difference(tree: Any, model: Any) -> str | None:
-    """Returns the first thing in which a tree is not like its model, in words."""
+    """Returns the first difference of a tree from its model, in words."""
     leaves, wanted = jax.tree.leaves(tree), jax.tree.leaves(model)
     structure: Any = jax.tree.structure(tree)
     is_same_tree = structure == jax.tree.structure(model)
@@ -248,7 +248,7 @@ def check_state(link: str, state: Any, init: Callable[[Any], Any], params: Any) 
     """Raises a ValueError unless ``init(params)`` could have returned the state.
 
     Trees and shapes are compared, and the dtypes of the anchor. Nothing is computed:
-    ``init`` is only traced, and that once.
+    ``init`` is only traced, once.
     """
     expected = jax.eval_shape(init, params)
     difference = _difference(state, expected)

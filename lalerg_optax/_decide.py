@@ -14,7 +14,7 @@ from ._verdict import Verdict
 def decide(
     last: RegulatorScalars, seen: Assessment, rule: JudgeRule, *, has_value: bool
 ) -> Decision:
-    """Says what becomes of a step; the tables stand in ``docs/algorithm.md``.
+    """Decides what becomes of a step; the tables are in ``docs/algorithm.md``.
 
     Args:
       last: what is known.
@@ -27,10 +27,10 @@ def decide(
     error = seen.error if has_value else seen.norm_error
 
     # Evidence is summed up: two high losses in a row weigh as much as many that are a
-    # little too high. Losses as they should be take it away again.
+    # little too high. Ordinary losses reduce it again.
     rise = jnp.where(seen.is_usable, jnp.clip(error, 0.0, 1.0), 1.0) - rule.slack
     doubt = jnp.maximum(last.doubt + rise, 0.0)
-    # What was harmless before is all that tells how long hard data can last.
+    # Only what was harmless before shows how long hard data can last.
     usual = 2.0 * last.harmless_doubt + (1.0 - rule.slack)
     most = 2.0 * rule.patience * (1.0 - rule.slack)
     needed = jnp.maximum(jnp.minimum(usual, most), rule.least_doubt)
@@ -43,20 +43,20 @@ def decide(
     is_settled = is_due & (doubt >= most) & ~seen.is_undone & seen.is_usable
     is_trial = is_due & ~is_settled
     is_fine = seen.is_usable & (error < rule.healthy)
-    # At the anchor there are two looks, one after each step of the way back. If what
-    # they show would go on to be evidence, it is the data.
+    # At the anchor there are two losses, one after each step of the way back. If their
+    # mean error would still be evidence, the data are hard.
     before = last.scaled_error if has_value else last.scaled_norm_error
     looks = 0.5 * (jnp.clip(before, -1.0, 1.0) + jnp.clip(error, -1.0, 1.0))
     is_fine &= (conduct != Conduct.TRIAL) | (looks < rule.slack)
-    # A burst of hard data that ends at once is undone at its first time, for it may
-    # have been poison. The next one as long will not even be gone back for. Where the
-    # loss comes down by and by, hard data have been learnt.
+    # The first burst of hard data that ends abruptly is undone, because it may have
+    # been poison. The next one of that length will not even cause a trial. Where the
+    # loss comes down gradually, hard data have been learnt.
     is_episode = conduct == Conduct.EPISODE
     has_taken = last.peak_doubt > 0.0
     least = jnp.maximum(rule.fall * before, rule.healthy)
     has_ended = seen.is_usable & (before > 1.0) & (error < least)
     is_rewind = is_episode & has_ended & has_taken & (doubt >= usual)
-    # One that lasts is gone back for once more, in case it is what it did to the params
+    # A burst that lasts causes one more trial, in case it is its damage to the params
     # that lasts.
     is_long = last.num_hard >= rule.patience
     is_last = is_long & (last.num_hard < rule.patience + 1) & seen.is_undone
@@ -106,7 +106,7 @@ def decide(
 
 
 def overruled(decision: Decision, is_failed: jax.Array) -> Decision:
-    """Returns the decision, or that to go back to the start of the run."""
+    """Returns the decision, or the one to go back to the start of the run."""
     return decision._replace(
         verdict=jnp.where(is_failed, Verdict.REVERT, decision.verdict),
         conduct=jnp.where(is_failed, Conduct.REWINDING, decision.conduct),

@@ -1,4 +1,4 @@
-"""Gate: whether a link of the chain may take a step in."""
+"""Gate: whether a link of the chain may use a step."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,11 @@ def open_gate(
     verdict: jax.Array | None,
     value: jax.Array | None = None,
 ) -> tuple[jax.Array, optax.Updates]:
-    """Returns whether the step may be taken in, and updates that are safe to use.
+    """Returns whether the step may be used, and updates that are safe to use.
 
     Inside `error_regulate` its verdict decides; it has set the gradient of a rejected
-    step to zero, and drops whatever comes of it. A link that stands alone takes a
-    step in when ``value``, where there is one, and the squared norm of the updates are
-    finite.
+    step to zero, and drops the resulting update. A link that works alone uses a step
+    when ``value``, where there is one, and the squared norm of the updates are finite.
     """
     if verdict is not None:
         return is_applied(verdict), updates

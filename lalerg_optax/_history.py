@@ -7,24 +7,24 @@ import jax.numpy as jnp
 from jax import lax
 
 WINDOW = 128  # the skip-step rules of MaxText, levanter and OLMo use the same length
-NUM_START_VALUES = 16  # an upper quantile of fewer values says nothing
+NUM_START_VALUES = 16  # an upper quantile of fewer values is meaningless
 
 Z95 = 1.645  # the 95th percentile of a standard normal variable
 
 
 class LossHistory(NamedTuple):
-    """The last values of a scalar signal, and the first ones of all.
+    """The last values of a scalar signal, and its value at the start.
 
     The window always holds finite numbers only. Every method is a pure function
     of the record: ``record`` returns a new one and changes nothing. Several signals
-    can share one record; they are told apart by leading axes.
+    can share one record, with leading axes.
 
     Attributes:
-      values: the recent values, newest last, float32, shape ``(..., size)``. Slots
-        in front that are not in use are not looked at.
+      values: the recent values, newest last, float32, shape ``(..., size)``. Unused
+        slots in front are ignored.
       num_values: number of slots in use, at most ``size``, int32, shape ``(...)``.
       start_value: the smallest of the first 16 values, float32, shape ``(...)``: where
-        the signal started from, told without a huge first value or two.
+        the signal started, even if the first value or two are huge.
 
     Example:
       >>> import lalerg_optax as lo
@@ -86,8 +86,8 @@ class LossHistory(NamedTuple):
             median = v[(n - 1) // 2]
             upper_spread = (v[ceil(0.95 (n - 1))] - median) / 1.645
 
-        The spread looks upwards only because minibatch losses are skewed to the
-        right once a model fits; for normal noise it is the standard deviation.
+        The spread is that of the upper side, because minibatch losses are skewed to
+        the right once a model fits. For normal noise it is the standard deviation.
         Both are 0 for an empty record.
         """
         size = self.values.shape[-1]

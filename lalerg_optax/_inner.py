@@ -1,4 +1,4 @@
-"""Inner: a foreign transformation is handed what it takes, and stays finite."""
+"""Inner: passes a foreign transformation what it accepts, and keeps it finite."""
 
 import inspect
 from collections.abc import Callable
@@ -16,16 +16,16 @@ _OWN_EXTRA_ARGS = ("verdict", "audit", "is_harmful")
 
 
 def as_inner(inner: optax.GradientTransformation) -> Any:
-    """Returns a transformation that takes whatever the regulator hands down.
+    """Returns a transformation that accepts all arguments of the regulator.
 
-    With gradients like the params, ``value`` and our own extra arguments it does what
-    some of Optax's need beyond that: a line search takes the gradient a second time
-    and hands all other arguments on to its function; ``optax.lookahead`` takes the
-    gradient of its fast params alone. A scalar of the state that would not be finite
-    keeps its last value.
+    These are gradients like the params, ``value`` and our own extra arguments. Some of
+    Optax's transformations need more: a line search takes the gradient a second time
+    and forwards all other arguments to its function; ``optax.lookahead`` takes only the
+    gradient of its fast params. A scalar of the state that would not be finite keeps
+    its last value.
 
     Raises:
-      TypeError: if ``inner`` is no transformation or refuses extra arguments.
+      TypeError: if ``inner`` is not a transformation or refuses extra arguments.
       ValueError: in ``init``, where ``optax.lookahead`` is a part of ``inner``.
     """
     check_transformation("inner", inner)
@@ -57,8 +57,8 @@ def as_inner(inner: optax.GradientTransformation) -> Any:
 def _with_own_args(value_fn: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a line search's function, to which our own arguments may be passed.
 
-    Optax passes an extra argument on to it where its signature has the name, and takes
-    one that is not there for an error.
+    Optax forwards an extra argument whose name is in the signature, and raises an error
+    for one that is not.
     """
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -111,19 +111,19 @@ def _keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(new), new, old) if is_scalar_float else new
 
 
-def _starts_anew_by_itself(state: Any) -> bool:
+def _restarts_by_itself(state: Any) -> bool:
     return isinstance(state, ScaleByMicroRateState)
 
 
 def restart_with_audit(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives ``inner`` its initial state back where the regulator restarts the run.
+    """Resets ``inner`` to its initial state where the regulator restarts the run.
 
     Moments of a blow-up would make the next start fail as well. The initial state is
     that for params of zeros: a second level scales gradients, and does not remember
-    params. `scale_by_micro_rate` does the same by itself, also as a part of ``inner``,
-    and goes on counting the steps that it held.
+    params. `scale_by_micro_rate` resets itself, also as a part of ``inner``, and keeps
+    the count of the steps that it held.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -137,18 +137,16 @@ def restart_with_audit(
     ) -> tuple[optax.Updates, optax.OptState]:
         if audit is not None:
             # Before the update, not after: then only one version of it is alive. The
-            # gradient of such a step is zero, as that of every rejected one.
+            # gradient of such a step is zero, as on every rejected step.
             initial = inner.init(optax.tree.zeros_like(params))
 
             def restarted(old: Any, start: Any) -> Any:
-                if _starts_anew_by_itself(old):
+                if _restarts_by_itself(old):
                     return old
                 chosen = jnp.where(audit.is_restart, start, old)
                 return chosen.astype(jnp.result_type(old))
 
-            state = jax.tree.map(
-                restarted, state, initial, is_leaf=_starts_anew_by_itself
-            )
+            state = jax.tree.map(restarted, state, initial, is_leaf=_restarts_by_itself)
             extra_args["audit"] = audit
         return inner.update(updates, state, params, **extra_args)
 

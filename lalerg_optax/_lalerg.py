@@ -1,4 +1,4 @@
-"""The assembled optimizer: nothing but chain and wrap."""
+"""The assembled optimizer: a chain, and the regulator around it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ def lalerg(
 
         p \leftarrow p - \eta \; r \; d \; (micro(g) + \lambda p)
 
-    and a rejected one is dropped or goes back to an earlier point. It is
+    A rejected step is dropped, or goes back to an earlier point. The optimizer is
 
     ::
 
@@ -62,26 +62,26 @@ def lalerg(
     Args:
       learning_rate: a float, at least 0, or an Optax schedule. With ``search`` it need
         not be right: the macro level multiplies it by a rate that it finds. A
-        schedule keeps its shape. A float has none, so that the macro level also
-        lowers the rate when the loss stalls (``anneal``).
+        schedule keeps its shape. With a float, the macro level also lowers the rate
+        when the loss stalls (``anneal``).
       b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1); or a pair of decays, between which it
-        grows. See `scale_by_micro_rate`.
+      b2: decay of the second moment, in [0, 1); or a pair of decays, from the first of
+        which it grows to the second. See `scale_by_micro_rate`.
       eps: added to the root of the second moment, at least 0.
-      gradient_share: weight of the fresh gradient against that of the first moment, in
-        [0, 1]; 0 is Adam's rule. See `scale_by_micro_rate`.
+      gradient_share: weight of the fresh gradient against the first moment, in [0, 1];
+        0 is Adam's rule. See `scale_by_micro_rate`.
       weight_decay: decoupled weight decay, at least 0, as in ``optax.adamw``.
       mask: which parameters to decay, as in ``optax.add_decayed_weights``.
       clip_norm: if given, gradients are scaled down to this global norm.
       micro: the second level, any Optax transformation without learning rate and
         sign flip (``optax.scale_by_rss()``, ``optax.scale_by_lion()``, ...); by default
-        ``scale_by_micro_rate`` with the first four arguments above, which are not
-        used otherwise.
-      search: whether the macro level looks for the rate, up and down. If False the
-        rate is the user's, times the damping of the regulator.
+        ``scale_by_micro_rate`` with ``b1``, ``b2``, ``eps`` and ``gradient_share``,
+        which are not used otherwise.
+      search: whether the macro level searches for the rate, up and down. If False, the
+        rate is the user's times the damping of the regulator.
       threshold: see `error_regulate`.
       anchor_every: see `error_regulate`.
-      local: see `error_regulate`; True tells what a step did to each leaf.
+      local: see `error_regulate`; True reports the effect of a step on each leaf.
       anchor_dtype: see `error_regulate`; ``"bfloat16"`` halves the anchor.
       anchor_memory: see `error_regulate`.
       axis_name: see `error_regulate`.
@@ -91,8 +91,8 @@ def lalerg(
       keyword ``value``, the loss at the current params, and needs the params.
 
     Raises:
-      TypeError: if ``micro`` is no transformation or refuses extra arguments.
-      ValueError: for a hyperparameter outside of its range, and for a ``micro`` whose
+      TypeError: if ``micro`` is not a transformation or refuses extra arguments.
+      ValueError: for a hyperparameter outside its range, and for a ``micro`` whose
         updates point against the gradient.
 
     Example:
@@ -113,7 +113,7 @@ def lalerg(
     References:
       The only public description of 2LALERG is prose; the equations are this
       package's own. See `error_regulate`, `scale_by_macro_rate` and
-      `scale_by_micro_rate` for what they descend from.
+      `scale_by_micro_rate` for their sources.
     """
     if micro is not None:
         check_second_level("micro", micro)

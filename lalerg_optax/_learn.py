@@ -1,4 +1,4 @@
-"""Learn: what is remembered of a step, once all is decided. Scalars only."""
+"""Learn: records a step, once all is decided. Scalars only."""
 
 import functools
 
@@ -25,9 +25,9 @@ _MAX_COUNTED_STEPS = 2.0**20  # more steps make no difference
 def _average(
     last: RegulatorScalars, seen: Assessment, decision: Decision, rule: JudgeRule
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the average of the accepted losses, and of how many it is."""
+    """Returns the average of the accepted losses, and the number of losses in it."""
     loss = seen.signals[0]
-    # it weighs its first values alike, and starts anew with the windows
+    # its first values have equal weights, and it is reset with the windows
     number = jnp.where(decision.is_new_level, 0.0, last.num_averaged)
     weight = jnp.maximum(1.0 - rule.avg_decay, 1.0 / (number + 1.0))
     moved = jnp.where(
@@ -43,7 +43,7 @@ def _damping(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the damping, and the steps since an update did harm.
 
-    So many steps after the last harm, (n / recovery_steps)^2 cuts are made good.
+    After n accepted steps without harm, (n / recovery_steps)^2 cuts are made good.
     """
     is_accepted = is_applied(decision.verdict)
     num_well = jnp.where(is_accepted, last.num_well + 1.0, last.num_well)
@@ -83,9 +83,9 @@ def _evidence(
     decision: Decision,
     rule: JudgeRule,
 ) -> dict[str, jax.Array]:
-    """Returns the doubt, and what doubt and which norms proved to be harmless.
+    """Returns the doubt, and the doubt and the norms that proved to be harmless.
 
-    What a step did is known when nothing is in doubt any more.
+    The effect of a step is known when nothing is in doubt any more.
     """
     is_reverted = decision.verdict == Verdict.REVERT
     is_over = decision.is_over | look.is_failed
@@ -95,12 +95,12 @@ def _evidence(
         is_more, jnp.maximum(last.peak_doubt, decision.doubt), last.peak_doubt
     )
     harmless = jnp.maximum(last.peak_doubt, decision.is_new_level * LARGEST)
-    # What is in doubt again, though most of the progress is there, may be what rare
-    # data do, and may pass: the next time it is awaited. The anchor is held meanwhile.
+    # New doubt, though most of the progress is there, may come from rare data, and may
+    # pass: the next time, the regulator waits. The anchor is held meanwhile.
     is_again = (last.num_harmful > 0) & (last.num_well >= rule.apart)
     is_again &= decision.is_trial & (last.conduct <= Conduct.SUSPECT) & ~seen.is_undone
     longer = jnp.where(is_again, rule.longer * last.peak_doubt, 0.0)
-    # what is the same at the anchor was no harm so far
+    # losses that are high at the anchor, too, were no harm so far
     is_hard = (last.conduct == Conduct.TRIAL) & (decision.conduct == Conduct.EPISODE)
     known = jnp.where(is_harmless | is_hard, harmless, longer)
 
@@ -123,30 +123,31 @@ def _evidence(
 def _audited(
     last: RegulatorScalars, look: Look, decision: Decision, rule: JudgeRule
 ) -> dict[str, jax.Array]:
-    """Returns what looks back say, and what is summed up of those that go on."""
-    is_told = look.is_taken | look.is_failed
-    is_cleared = is_told | decision.is_new_level
+    """Returns the last audit, and the sums of the looks since then."""
+    is_reported = look.is_taken | look.is_failed
+    is_cleared = is_reported | decision.is_new_level
     is_cleared |= decision.verdict == Verdict.REVERT
     looks = {name: jnp.where(is_cleared, 0.0, getattr(look, name)) for name in LOOKS}
     scale = jnp.maximum(
         jnp.abs(look.alignment) - look.alignment_error,
         rule.scale_decay * last.alignment_scale,
     )
-    told = {
+    report = {
         "alignment": look.alignment,
         "alignment_error": look.alignment_error,
         "alignment_scale": scale,
         "look_variance": look.look_variance,
     }
     return looks | {
-        name: jnp.where(is_told, new, getattr(last, name)) for name, new in told.items()
+        name: jnp.where(is_reported, new, getattr(last, name))
+        for name, new in report.items()
     }
 
 
 def _counters(
     last: RegulatorScalars, look: Look, decision: Decision
 ) -> dict[str, jax.Array]:
-    """Returns how often what was decided."""
+    """Returns how often each decision was made."""
     verdict = decision.verdict
     is_reverted, is_accepted = verdict == Verdict.REVERT, is_applied(verdict)
     is_over = decision.is_over | look.is_failed
@@ -180,7 +181,7 @@ def learn(
     is_started: jax.Array,
     rule: JudgeRule,
 ) -> tuple[Scalars, LossHistory]:
-    """Writes what is remembered of a step, once all is decided.
+    """Records a step, once all is decided.
 
     Args:
       last: what is known.

@@ -18,7 +18,7 @@ _NUM_TURNS = 8
 
 
 class LocalView(NamedTuple):
-    r"""What a step did to each leaf of the params.
+    r"""The effect of a step on each leaf of the params.
 
     All are float32 vectors of shape ``(num_leaves,)``, in the order of
     ``jax.tree.leaves(params)``, and always finite. With the gradient :math:`g` before
@@ -27,8 +27,8 @@ class LocalView(NamedTuple):
     vector:
 
     Attributes:
-      leaf_grad_norm: :math:`|g|`, told on rejected steps, too; 1e37 for one that is
-        not finite or whose square is not in float32.
+      leaf_grad_norm: :math:`|g|`, reported on rejected steps, too; 1e37 where it is not
+        finite or its square overflows float32.
       effective_rate: :math:`|u| / |g|`; 0 on a rejected step.
       update_ratio: :math:`|u| / |p|`, the update-to-weight ratio; 0 on a rejected step.
       predicted_decrease: :math:`-\langle g, u \rangle`, by which the loss falls if it
@@ -43,7 +43,7 @@ class LocalView(NamedTuple):
 
 def init_local(params: optax.Params) -> LocalView:
     """Returns the view of a run that has not made a step."""
-    # each a buffer of its own: one that is there twice cannot be donated
+    # separate buffers: one that occurs twice cannot be donated
     num_leaves = len(jax.tree.leaves(params))
     return LocalView(*(jnp.zeros(num_leaves, jnp.float32) for _ in LocalView._fields))
 
@@ -61,14 +61,14 @@ class LeafSquares(NamedTuple):
 
 
 def leaf_squares(grads: optax.Updates, params: optax.Params) -> LeafSquares:
-    """Returns the sums of squares that are there before a step is made."""
+    """Returns the sums of squares that are available before a step is made."""
     return LeafSquares(
         *(_stack(map(_square, jax.tree.leaves(t))) for t in (grads, params))
     )
 
 
 def _square(leaf: jax.Array) -> jax.Array:
-    # as in `global_norm`, so that XLA sees where it is the same sum
+    # as in `global_norm`, so that XLA recognizes equal sums
     return sum_entries(lambda x: x * x, leaf)
 
 
@@ -77,7 +77,7 @@ def _stack(sums: Iterable[jax.Array]) -> jax.Array:
 
 
 def _after(gate: jax.Array, squares: jax.Array) -> jax.Array:
-    """Returns the gate, known no sooner than some sums of squares are.
+    """Returns the gate, but not before some sums of squares are known.
 
     No such sum is negative, but XLA does not know it.
     """
@@ -96,9 +96,9 @@ def act_in_turn(
 ) -> tuple[optax.Updates, LocalView]:
     """Returns ``act(gate, *leaves)`` for all leaves, and the view of that step.
 
-    What is summed up is stored first. So that only an eighth of the step is at a time,
-    and no parameter is overwritten, which would cost a copy, while its square is still
-    to be summed, the leaves take turns: each eighth waits for what is summed before.
+    XLA stores terms before it sums them up. So the leaves take turns: each eighth of
+    the step waits for the sums before it. Then only an eighth is stored at a time, and
+    no parameter is overwritten before its square is summed, which would cost a copy.
 
     Args:
       act: makes the step of a leaf.
@@ -136,17 +136,17 @@ def _view(
     if axis_name is not None:
         squares, moved, decrease = lax.pmean((squares, moved, decrease), axis_name)
 
-    def told(x: jax.Array) -> jax.Array:
+    def shown(x: jax.Array) -> jax.Array:
         bounded = jnp.clip(jnp.nan_to_num(x), -LARGEST, LARGEST)
         return jnp.where(is_accepted, bounded, 0.0)
 
     def ratio(square: jax.Array) -> jax.Array:
-        return told(jnp.where(square > 0.0, jnp.sqrt(moved) / jnp.sqrt(square), 0.0))
+        return shown(jnp.where(square > 0.0, jnp.sqrt(moved) / jnp.sqrt(square), 0.0))
 
     grad_norm = jnp.sqrt(squares.grads)
     return LocalView(
         leaf_grad_norm=jnp.nan_to_num(grad_norm, nan=LARGEST, posinf=LARGEST),
         effective_rate=ratio(squares.grads),
         update_ratio=ratio(squares.params),
-        predicted_decrease=told(decrease),
+        predicted_decrease=shown(decrease),
     )

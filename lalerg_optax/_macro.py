@@ -1,4 +1,4 @@
-"""Macro level: one rate for all parameters, from how the loss does over many steps."""
+"""Macro level: one rate for all parameters, from the loss over many steps."""
 
 from typing import Any, NamedTuple
 
@@ -43,13 +43,14 @@ def with_rate_found(
 ) -> ScaleByMacroRateState:
     """Returns the state as it would be had the search ended at this rate.
 
-    How well steps are aligned at smaller rates, and where the loss began, was never
-    seen. The best alignment is taken for 1, than which no cosine is larger: one that is
-    clearly above a half is followed by a leap, and else the loss alone steers.
+    The alignment at smaller rates and the loss at the start were never seen. The best
+    alignment is taken to be 1, the largest cosine: an alignment clearly above a half
+    causes a leap, and otherwise the loss alone steers.
 
     Args:
       state: a state of `scale_by_macro_rate`.
-      num_steps: number of steps of the run so far; the more, the smaller the next ones.
+      num_steps: number of steps of the run so far; the more, the smaller the next
+        changes of the rate.
     """
     known = unpack(MacroScalars, state.scalars)
     return ScaleByMacroRateState(
@@ -73,22 +74,22 @@ def scale_by_macro_rate(
     good_alignment: jax.typing.ArrayLike = 0.25,
     audit_every: jax.typing.ArrayLike = 16,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales all updates by one rate that searches for itself (first level).
+    r"""Scales all updates by one rate that it searches for (first level).
 
-    Inside `error_regulate` with ``audit=True``, every few steps fresh gradients tell
+    Inside `error_regulate` with ``audit=True``, every few steps fresh gradients show
     the alignment :math:`c` with the way back to the anchor, and its standard error.
     With :math:`c^*` the best so far and :math:`\rho = c / \max(c^*, |c|)`, the rate
-    :math:`r` leaps up, and once a leap was too far, it is steered to where the loss
-    rises, on the way from the anchor to the params, by what progress and noise are
-    worth:
+    :math:`r` leaps up. Once a leap was too far, the rate is steered to where the loss
+    rises, on the way from the anchor to the params, by as much as progress and noise
+    allow:
 
     .. math::
 
         r \leftarrow growth^{\rho} \; r \quad \text{(search)}, \qquad
         r \leftarrow slow\_growth^{\,w e} \; r \quad \text{(found)}
 
-    All phases and equations: ``docs/algorithm.md``. Alone, it compares the mean losses
-    of windows. A step that is not accepted gives a zero update.
+    All phases and equations: ``docs/algorithm.md``. Used alone, it compares the mean
+    losses of windows. A step that is not accepted gives a zero update.
 
     Example:
       >>> import jax.numpy as jnp, lalerg_optax as lo
@@ -102,14 +103,13 @@ def scale_by_macro_rate(
 
     Args:
       search: whether to look for the rate; if False, it is 1.
-      anneal: whether the rate falls on and on, as the run gets longer. Leave that to
-        the schedule where there is one that decays; `lalerg` sets it where there is
-        none.
+      anneal: whether the rate keeps falling, as the run gets longer. Leave that to a
+        schedule that decays; `lalerg` sets it where there is no schedule.
       growth_factor: largest leap of the search, at least 1.
       slow_growth_factor: unit of the steps once the search is over, at least 1.
       backoff_factor: cut, in (0, 1].
-      good_alignment: what counts as good, as a share of the best, in (0, 1).
-      audit_every: accepted steps in a window when standing alone, at least 2.
+      good_alignment: threshold of a good one, as a share of the best, in (0, 1).
+      audit_every: accepted steps in a window when used alone, at least 2.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the
@@ -117,7 +117,7 @@ def scale_by_macro_rate(
       the rate stays as it is. Updates keep their dtypes.
 
     Raises:
-      ValueError: for a hyperparameter outside of its range.
+      ValueError: for a hyperparameter outside its range.
 
     References:
       The bold driver (Battiti, 1989), delta-bar-delta (Jacobs, 1988), the learning rate

@@ -31,8 +31,8 @@ class ScaleByMicroRateState(NamedTuple):
 
     Attributes:
       micro_count: number of gradients taken in, int32, shape ``()``.
-      num_micro_held: number of steps that left the moments as they were because
-        the verdict or a number that is not finite said so, int32, shape ``()``.
+      num_micro_held: number of steps that left the moments unchanged, because of the
+        verdict or of a number that is not finite, int32, shape ``()``.
       mu: exponential average of the gradients, a tree like the params.
       nu: exponential average, or sum, of their squared magnitudes, likewise; real. With
         ``per_tensor`` its leaves are scalars.
@@ -75,9 +75,9 @@ def scale_by_micro_rate(
         u_t = \frac{(1 - s) \, \mu_t / c_1 + s \, g_t}
                    {\sqrt{\nu_t / c_2 + eps_{root}} + eps}
 
-    A pair for ``b2`` is a memory that grows, and ``b2=1`` a sum. A step that is not
-    accepted leaves the state as it was, and an update that no gradients can have made
-    (a flipped bit) is dropped. The equations: ``docs/algorithm.md``. It is Optax's
+    A pair for ``b2`` makes the memory grow, and ``b2=1`` gives a sum. A step that is
+    not accepted leaves the moments unchanged, and an update that no gradients can have
+    made (a flipped bit) is dropped. All equations: ``docs/algorithm.md``. It equals
 
     ::
 
@@ -105,8 +105,8 @@ def scale_by_micro_rate(
       eps: added to the root, at least 0.
       eps_root: added under the root, at least 0.
       gradient_share: weight of the fresh gradient against the first moment, in [0, 1].
-      bias_correction: whether to divide by what is in the moments of a whole average.
-      initial_scale: the second moment at first, at least 0.
+      bias_correction: whether to divide moments by the sum of their weights.
+      initial_scale: the second moment at the start, at least 0.
       per_tensor: whether a tensor has one rate, from the mean of its squares.
       mu_dtype: dtype of ``mu``; by default that of the params, but at least float32.
 
@@ -115,7 +115,7 @@ def scale_by_micro_rate(
       extra argument ``verdict``. Updates have the dtype of the gradients.
 
     Raises:
-      ValueError: for a hyperparameter outside of its range, and for a sum with bias
+      ValueError: for a hyperparameter outside its range, and for a sum with bias
         correction.
     """
     check_range("b1", b1, 0.0, 1.0, high_open=True)
@@ -172,8 +172,8 @@ def scale_by_micro_rate(
             count = jnp.where(is_restart, 0, count)
         t = jnp.maximum(count, 1).astype(jnp.float32)
         decay, weight = memory(rule, t)
-        # Decays that become "keep", with a gradient that is zero: selecting the old
-        # state afterwards would keep old and new alive, and cost a copy.
+        # A held step has decays of 1 and weights of 0: selecting the old state
+        # afterwards would keep old and new alive, and cost a copy.
         keep1, add1 = jnp.where(is_open, b1, 1.0), jnp.where(is_open, 1.0 - b1, 0.0)
         keep2, add2 = jnp.where(is_open, decay, 1.0), jnp.where(is_open, weight, 0.0)
         if verdict is not None:
@@ -209,7 +209,7 @@ def scale_by_micro_rate(
             u = mean / root
             if rule.may_divide_by_zero:  # an entry without gradients is 0 / 0
                 u = jnp.where(root > 0, u, 0)
-            # not from u: XLA would store what is used twice and has a division in it
+            # not from u: XLA would store a quotient that is used twice
             most = limit * n * max(g.size, 1) if per_tensor else limit * n
             is_impossible = square(mean, n.dtype) > most + SMALLEST
             return jnp.where(is_impossible, 0, u).astype(g.dtype)

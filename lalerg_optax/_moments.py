@@ -10,12 +10,12 @@ from jax import lax
 
 from ._numbers import SMALLEST
 
-# where memory grows, one of so many of all steps so far is remembered
+# a memory that grows spans one in so many of all steps so far
 _STEPS_PER_REMEMBERED = 4
 
 
 class MomentRule(NamedTuple):
-    """Numbers of the micro level, which users see and which may be traced.
+    """Numbers of the micro level, which users set and which may be traced.
 
     Attributes:
       b1: see `scale_by_micro_rate`, as all others.
@@ -46,7 +46,7 @@ class MomentRule(NamedTuple):
 
     @property
     def may_be_sum(self) -> bool:
-        """Whether squares may be summed up, and not averaged."""
+        """Whether squares may be summed up instead of averaged."""
         last = self.last_b2
         return not (isinstance(last, int | float) and np.float32(last) < 1)
 
@@ -62,7 +62,7 @@ class MomentRule(NamedTuple):
 
 
 def memory(rule: MomentRule, t: jax.Array) -> tuple[Any, Any]:
-    """Returns decay and weight of the squares at the step of that number."""
+    """Returns decay and weight of the squares at step ``t``."""
     if rule.is_growing:
         lost = jnp.clip(_STEPS_PER_REMEMBERED / t, 1.0 - rule.last_b2, 1.0 - rule.b2)
         decay = 1.0 - lost
@@ -70,7 +70,7 @@ def memory(rule: MomentRule, t: jax.Array) -> tuple[Any, Any]:
         decay, lost = rule.b2, 1.0 - rule.b2
     if not rule.may_be_sum:
         return decay, lost
-    # in the precision of the decay: one that is rounded to 1 decays nothing
+    # in the precision of the decay: a decay that is rounded to 1 does not decay
     return decay, jnp.where(jnp.asarray(decay, jnp.float32) == 1.0, 1.0, lost)
 
 
@@ -99,7 +99,7 @@ def square(g: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def square_of(rule: MomentRule, g: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns what the second moment of a tensor takes in."""
+    """Returns the squares that the second moment of a tensor takes in."""
     squares = square(g, dtype)
     return jnp.sum(squares) / max(g.size, 1) if rule.per_tensor else squares
 
@@ -110,8 +110,8 @@ def square_of(rule: MomentRule, g: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def is_mean_of_squares(n: jax.Array) -> jax.Array:
     """Returns which entries are neither negative nor infinite nor NaN.
 
-    Taken for integers, the bits of all others are larger. One comparison instead of two
-    of floats: a tenth of the whole step on a CPU.
+    Read as integers, the bits of all others are larger. One comparison instead of two
+    of floats saves a tenth of the whole step on a CPU.
     """
     kind = jnp.dtype(f"uint{8 * n.dtype.itemsize}")
     infinity = np.array(np.inf, n.dtype).view(kind)
@@ -123,7 +123,7 @@ def largest_update(rule: MomentRule, weight: Any) -> jax.Array:
 
     Args:
       rule: the numbers.
-      weight: that of the last square in the second moment.
+      weight: weight of the last square in the second moment.
     """
     ratio = jnp.asarray(rule.b1**2 / jnp.maximum(rule.b2, SMALLEST), jnp.float32)
     series = jnp.where(ratio < 1.0, 1.0 / jnp.sqrt(1.0 - ratio), jnp.inf)

@@ -34,7 +34,7 @@ _VARIABLE = (jax.tree_util.GetAttrKey("value"),)  # how the path to a leaf ends 
 
 
 def _of_leaves(regulator: ErrorRegulateState) -> Iterator[tuple[str, str, jax.Array]]:
-    """Yields name, leaf and scalar of all that the local view tells."""
+    """Yields name, leaf and scalar of everything in the local view."""
     vectors = jax.tree.leaves(regulator.local)  # NNX wraps them in variables
     paths = [path for path, _ in jax.tree.leaves_with_path(regulator.anchor)]
     if all(path[-1:] == _VARIABLE for path in paths):
@@ -47,7 +47,7 @@ def _of_leaves(regulator: ErrorRegulateState) -> Iterator[tuple[str, str, jax.Ar
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """Returns what was decided at the last step, and why, as a flat dict of scalars.
+    """Returns the last decision, and the reasons for it, as a flat dict of scalars.
 
     A pure function of the optimizer's state, usable inside ``jit``. The states are
     found at any depth: in chains, ``masked``, ``partition``, ``MultiSteps``,
@@ -61,23 +61,24 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     verdict                 0 ACCEPT, 1 SKIP, 2 REVERT, 3 BOUND (int32)
     conduct                 0 HEALTHY, 1 SUSPECT, 2 RESTORING, 3 TRIAL, 4 EPISODE,
                             5 REWINDING; see `error_regulate` (int32)
-    scaled_error            rise of the loss in units of what is tolerated
-    scaled_norm_error       the same of the logarithm of the gradient norm
+    scaled_error            rise of the loss in units of the tolerated rise
+    scaled_norm_error       the same for the logarithm of the gradient norm
     macro_rate              factor of the macro level (1 where there is none)
     is_searching            whether the macro level still leaps (bool)
     damping_factor          factor that harm cuts and time restores, at most 1
-    num_accepted            steps accepted, bounded ones among them (int32)
+    num_accepted            steps accepted, including bounded ones (int32)
     num_bounded             steps accepted with a bounded gradient (int32)
     num_skipped             steps skipped (int32)
     num_reverts             reverts to the anchor (int32)
-    num_revert_steps        steps spent on them, two each (int32)
-    num_trials              reverts to see whether params are damaged (int32)
-    num_harmful             times that they were (int32)
-    num_hard                steps of the present episode of hard data (int32)
+    num_revert_steps        steps spent on reverts, two each (int32)
+    num_trials              reverts that test whether params are damaged (int32)
+    num_harmful             trials that showed damage (int32)
+    num_hard                steps of the current episode of hard data (int32)
     skips_left              steps that may still be skipped for their norm alone
     avg_value               average of the accepted losses, decay 0.95
     grad_norm               global norm of the gradient before clipping
-    alignment               of gradients with the way back, as told last
+    alignment               cosine between gradients and the way back to the anchor, at
+                            the last audit
     alignment_error         its standard error
     num_audits_passed       audits with a positive alignment (int32)
     anchor_age              accepted steps since the anchor was set (int32)
@@ -85,29 +86,29 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     num_micro_held          steps at which the micro level kept its state (int32)
     ======================  ========================================================
 
-    With ``local=True`` also, for each leaf (``"grad_norm/encoder/kernel"``), whose
-    gradient is ``g``, update ``u`` and params ``p``,
+    With ``local=True`` there are also, for each leaf (``"grad_norm/encoder/kernel"``)
+    with gradient ``g``, update ``u`` and params ``p``:
 
     ==========================  ====================================================
     key                         meaning
     ==========================  ====================================================
-    grad_norm/<leaf>            ``|g|`` before clipping, told of rejected steps, too
+    grad_norm/<leaf>            ``|g|`` before clipping, also on rejected steps
     effective_rate/<leaf>       ``|u| / |g|``: the learning rate that SGD would need
-    update_ratio/<leaf>         ``|u| / |p|``: how far the weights went
+    update_ratio/<leaf>         ``|u| / |p|``: how far the weights moved
     predicted_decrease/<leaf>   ``-<g, u>``: by how much the loss falls, to first order
     ==========================  ====================================================
 
-    of which the last three are 0 where a step is rejected. All others are float32.
-    Values that are not finite show as 1e37.
+    The last three are 0 where a step is rejected. Scalars without a type above are
+    float32. Values that are not finite are shown as 1e37.
 
     ``damping`` and ``num_reverted`` are deprecated names of ``damping_factor`` and
-    ``num_revert_steps``; they go in 0.3.
+    ``num_revert_steps``; they will be removed in 0.3.
 
     Args:
       opt_state: the state of an optimizer with a part of this package in it.
 
     Returns:
-      The dict; only ``macro_rate`` is filled in where its part is not there.
+      The dict. A part that is not there has no keys, except that ``macro_rate`` is 1.
 
     Raises:
       ValueError: if no part of this package is found in the state.
@@ -142,7 +143,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     for label, regulator in regulators.items():
         for name in _REGULATOR_FIELDS:
             report[label + name] = getattr(regulator, name)
-        # the last one may be under way
+        # the last one may be in progress
         report[label + "num_reverts"] = (regulator.num_revert_steps + 1) // 2
         for former, name in FORMER_NAMES.items():
             report[label + former] = report[label + name]
@@ -155,7 +156,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     for label, micro in micros.items():
         (held,) = jax.tree.leaves(micro.num_micro_held)  # NNX wraps it in a variable
         report[label + "num_micro_held"] = held
-    if len(groups) == 1:  # nothing to tell apart
+    if len(groups) == 1:  # nothing to distinguish
         (label,) = groups
         report = {name.removeprefix(label): value for name, value in report.items()}
     return report

@@ -1,11 +1,11 @@
-"""Numbers: what is too large, too small, or no number to compute with."""
+"""Numbers: which are too large, too small, or not fit to compute with."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 LARGEST = 1e37  # larger magnitudes are treated as this one: sums must not overflow
-SMALLEST = 1e-30  # added to, or least of, what is divided by or compared with
+SMALLEST = 1e-30  # added to divisors and bounds, or their lower limit
 
 
 def wide(x: jax.Array) -> jnp.dtype:

@@ -27,7 +27,7 @@ class Writer(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class _Report:
-    """Metrics in one vector for each dtype, which are quick to make and to fetch."""
+    """Metrics in one vector for each dtype, which is quick to make and to fetch."""
 
     vectors: list[Any]
     names: tuple[tuple[str, ...], ...] = dataclasses.field(metadata={"static": True})
@@ -35,11 +35,11 @@ class _Report:
 
 @jax.jit
 def _report(opt_state: optax.OptState) -> _Report:
-    told = metrics(opt_state)
+    report = metrics(opt_state)
     kinds: dict[Any, list[str]] = {}
-    for name, x in told.items():
+    for name, x in report.items():
         kinds.setdefault(x.dtype, []).append(name)
-    vectors = [jnp.stack([told[name] for name in names]) for names in kinds.values()]
+    vectors = [jnp.stack([report[name] for name in names]) for names in kinds.values()]
     return _Report(vectors, tuple(map(tuple, kinds.values())))
 
 
@@ -55,33 +55,34 @@ def _unpacked(block: Block) -> Block:
 class Recorder:
     r"""Records the metrics of a run, one entry a step.
 
-    What is recorded stays on the device at first and is fetched in batches, when the
-    device is long done with it, so that recording does not hold up the steps to come.
+    Records stay on the device at first and are fetched in batches, long after the
+    device has computed them. So recording does not delay the next steps.
 
     At each fetch the recorder counts interventions. With more than ``max_skips`` steps
     skipped or more than ``max_reverts`` reverts (of two steps each) in the last
-    ``window`` steps it raises a Python warning, an `InterventionWarning`, that says
-    which signal objected and, with ``local=True``, in which leaf; at most once in
-    ``window`` steps for each regulator. Protection can hide a bug. Less than 3 steps in
-    10,000 are rejected where nothing is wrong; if that happens independently, more than
-    10 in 500 come once in :math:`10^{16}` steps. A search from a rate that is far too
-    high does need a few reverts, which is why the first ones are not told. And once in
-    a run it says that one kind recurs, however far apart: gradients whose norm alone is
-    odd, when the skips for them are used up, and harm, after ten times.
+    ``window`` steps it raises a Python warning, an `InterventionWarning`. It says
+    which signal objected and, with ``local=True``, in which leaf, and is raised at most
+    once in ``window`` steps for each regulator. Protection can hide a bug. Less than 3
+    steps in 10,000 are rejected where nothing is wrong; if that happens independently,
+    more than 10 in 500 come once in :math:`10^{16}` steps. A search from a rate that is
+    far too high does need a few reverts, so the first ones are not reported. Once in a
+    run the recorder also warns that one kind recurs, however far apart: gradients of
+    which only the norm is abnormal, when the skips for them are used up, and harm,
+    after ten times.
 
     Args:
-      writer: where each scalar is written as it is fetched: any object with
+      writer: writes each scalar as it is fetched: any object with
         ``add_scalar(tag, value, step)``, such as ``tensorboardX.SummaryWriter(logdir)``
         (``pip install lalerg_optax[tensorboard]``).
       first_step: number of the first step, for a run that is resumed.
-      fetch_every: steps in a batch, at least 1. The last one or two batches are on the
-        device still.
+      fetch_every: steps in a batch, at least 1. The last one or two batches are still
+        on the device.
       window: steps in which interventions are counted, at least 1.
-      max_skips: steps that may be skipped in them, at least 0.
-      max_reverts: reverts that they may have in them, at least 0.
+      max_skips: skips that are allowed in a window, at least 0.
+      max_reverts: reverts that are allowed in a window, at least 0.
 
     Raises:
-      ValueError: for an argument outside of its range.
+      ValueError: for an argument outside its range.
 
     Example:
       >>> import jax.numpy as jnp, optax, lalerg_optax as lo
@@ -95,7 +96,7 @@ class Recorder:
       >>> history["step"].tolist(), history["verdict"].tolist()
       ([0, 1, 2], [0, 1, 0])
 
-      A file of it is ``np.savez(path, **history)``, and back ``dict(np.load(path))``.
+      Save it with ``np.savez(path, **history)``, load it with ``dict(np.load(path))``.
     """
 
     def __init__(
@@ -124,28 +125,28 @@ class Recorder:
           opt_state: the optimizer's state after the step. It may be donated to the
             next one. None where the step itself returns its metrics:
             ``record(loss=loss, **report)``.
-          **scalars: what else there is to record, such as the loss. Not every step
+          **scalars: other scalars to record, such as the loss. Not every step
             needs to have every name: ``history`` has NaN in the gaps.
 
         Raises:
-          ValueError: if something is no scalar.
-          TypeError: if called inside of ``jit``.
+          ValueError: if something is not a scalar.
+          TypeError: if called inside ``jit``.
         """
-        told = {} if opt_state is None else {_REPORT: _report(opt_state)}
-        self._append({**told, **_checked(scalars, ndim=0)}, 1)
+        report = {} if opt_state is None else {_REPORT: _report(opt_state)}
+        self._append({**report, **_checked(scalars, ndim=0)}, 1)
         self._fetch(self._fetch_every)
 
     def extend(self, stacked: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Records the steps of a ``jax.lax.scan``.
 
         Args:
-          stacked: what the steps returned, such as `metrics`, by name: arrays whose
+          stacked: outputs of the steps by name, such as `metrics`: arrays whose
             only axis is that of the steps.
           **more: further arrays of that length, such as the losses.
 
         Raises:
-          ValueError: if something has not this one axis.
-          TypeError: if called inside of ``jit``.
+          ValueError: if an array does not have exactly this axis.
+          TypeError: if called inside ``jit``.
         """
         block = _checked({**(stacked or {}), **more}, ndim=1)
         lengths = {name: len(x) for name, x in block.items()}
@@ -162,8 +163,8 @@ class Recorder:
         """Returns all that was recorded; waits for the device.
 
         Returns:
-          A dict of arrays with an entry for each step, by name; ``"step"`` has their
-          numbers. Where a name was not recorded there is NaN.
+          A dict of arrays by name, with an entry for each step; ``"step"`` has the
+          numbers of the steps. Where a name was not recorded there is NaN.
         """
         self._fetch(0)
         return joined(self._fetched) if self._fetched else {"step": np.zeros(0, int)}
@@ -175,9 +176,9 @@ class Recorder:
         self._num_pending += length
 
     def _fetch(self, num_left: int) -> None:
-        """Fetches the oldest steps, if there are twice as many as are to be left.
+        """Fetches the oldest steps, if there are twice as many as shall remain.
 
-        Warnings name the line that called the caller of this.
+        Warnings name the line that called the caller of this function.
         """
         if self._num_pending < 2 * num_left:
             return
@@ -201,7 +202,7 @@ class Recorder:
 
 
 def _checked(scalars: dict[str, Any], *, ndim: int) -> Block:
-    """Returns scalars, or stacked ones, that nobody else can donate."""
+    """Returns scalars, or stacked ones, in buffers that nobody else can donate."""
     kept = {}
     for name, x in scalars.items():
         if isinstance(x, jax.core.Tracer):

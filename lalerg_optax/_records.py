@@ -1,4 +1,4 @@
-"""Records of the regulator: its rule, what it remembers, and what a step is taken for.
+"""Records of the regulator: its rule, its memory, and how it assesses a step.
 
 `assess` makes an `Assessment`, `look_and_move` a `Look`, `decide` a `Decision`, and
 `learn` the next `RegulatorScalars` of them.
@@ -24,37 +24,37 @@ class JudgeRule(NamedTuple):
       backoff_factor: likewise.
       recovery_steps: likewise.
       resolution: of a loss, in units of its level: about 100 last places of float32.
-      norm_floor: logarithm of the growth of the norm that is tolerated always; judged
+      norm_floor: logarithm of the growth of the norm that is always tolerated; judged
         on the runs of ``benchmarks/alarms.py``.
       bound_floor: logarithm of the norm that a bounded gradient may have, in units of
         the median. At the median itself rare data are not learnt, at 16 times they are
         (``benchmarks/mixtures.py``).
-      slack: what of an error is no evidence: five standard deviations of the sum lie
-        between normal noise and `least_doubt`.
-      least_doubt: evidence at which params are gone back for: that of two high losses.
+      slack: part of an error that is not evidence: five standard deviations of the sum
+        lie between normal noise and `least_doubt`.
+      least_doubt: evidence that starts a trial: that of two high losses.
       suspect: evidence at which the anchor is held.
       widening: of the tolerance, by each 5 % of a window that are alarms; chosen on the
         regression of ``benchmarks/faults.py``.
       longer: doubt that is taken for harmless from then on, in units of that of a trial
         after a first harm; chosen, as the next two and `fall`, on development streams
         of ``benchmarks/mixtures.py`` and two tasks of ``benchmarks/faults.py``.
-      apart: accepted steps between the two, for that to be another time.
-      undone: share of the progress that is too much to be what rare data do.
+      apart: accepted steps between the harm and the trial, at least.
+      undone: share of the progress that is too much for rare data to undo.
       growth: of the logarithm of the bound, where a bounded gradient did no harm.
       num_skips: steps whose norm alone is odd that may be skipped, at first.
-      skip_memory: accepted steps after which there may be another one.
+      skip_memory: accepted steps that restore one of these skips.
       avg_decay: decay of the average loss.
-      healthy: errors below this are fit to be gone back to.
-      fall: to which share of what it was an error falls when hard data end.
+      healthy: params with errors below this may become the anchor.
+      fall: share of its last value to which an error falls when hard data end.
       min_damping: lower bound of the damping.
-      noise_steps: looks of an audit, and at most so much longer a way that they look
-        back on, for each variance of a look in units of the squared alignment.
-      least_steps: by how much that is longer at least, in units of the largest squared
-        alignment of late; chosen on development tasks of ``benchmarks/noise.py`` and
+      noise_steps: looks of an audit for each variance of a look in units of the squared
+        alignment; the longest way that they look back on grows with their number.
+      least_steps: the same for the shortest way, in units of the largest recent squared
+        alignment; chosen on development tasks of ``benchmarks/noise.py`` and
         ``benchmarks/decades.py``.
-      scale_decay: of the largest alignment of late, at an audit.
-      min_anchor_every: accepted steps between anchors at first; odd, so that a swing
-        to and fro is not back at its start.
+      scale_decay: decay of the largest recent alignment, at an audit.
+      min_anchor_every: accepted steps between anchors at first; odd, so that an
+        oscillation is not back at its start.
     """
 
     threshold: Any = 6.0
@@ -87,15 +87,15 @@ class JudgeRule(NamedTuple):
 
 
 class Conduct(enum.IntEnum):
-    """Where the regulator stands between two steps.
+    """State of the regulator between two steps.
 
     Attributes:
       HEALTHY: nothing to object to.
       SUSPECT: losses are high, and may be those of hard batches.
-      RESTORING: params go back to the anchor, to see whether they are damaged; the
+      RESTORING: params go back to the anchor, to test whether they are damaged; the
         second of the two steps is still to come.
-      TRIAL: params are those of the anchor, and healthy: the next loss tells.
-      EPISODE: it was high there, too: the data are hard, the anchor is held.
+      TRIAL: params are those of the anchor, and healthy: the next loss decides.
+      EPISODE: the loss was high there, too: the data are hard, the anchor is held.
       REWINDING: params go back for another reason; the second step is still to come.
     """
 
@@ -108,7 +108,7 @@ class Conduct(enum.IntEnum):
 
 
 class RegulatorScalars(NamedTuple):
-    """What the regulator told at the last step, what it remembers and counts.
+    """The regulator's report of the last step, its memory, and its counters.
 
     Attributes:
       grad_norm: global norm of the gradient before clipping, float32.
@@ -121,16 +121,16 @@ class RegulatorScalars(NamedTuple):
       skips_left: steps whose norm alone is odd that may still be skipped, float32.
       ceiling: logarithm of the largest norm that did no harm, at most that of 5/4 of
         the bound, float32.
-      ceiling_in_doubt: the same of the steps since the losses are high, float32.
+      ceiling_in_doubt: the same for the steps since losses became high, float32.
       doubt: evidence against the params, float32.
-      peak_doubt: the most of it since it was 0 that usable losses made, float32.
-      harmless_doubt: the most of it that subsided by itself, or that was the same at
+      peak_doubt: the largest doubt since it was 0 that usable losses made, float32.
+      harmless_doubt: the largest doubt that subsided by itself, or that was the same at
         the anchor, float32.
-      alignment: what the last audit told, in [-1, 1], float32.
+      alignment: that of the last audit, in [-1, 1], float32.
       alignment_error: its standard error, float32.
-      alignment_scale: the largest of late, less its standard error, in [0, 1], float32.
-      look_sum: sum of the alignments that were looked at since the anchor, each
-        times its weight, float32.
+      alignment_scale: the largest recent one, less its standard error, float32.
+      look_sum: sum of the alignments of the looks at this anchor, each times its
+        weight, float32.
       look_square: sum of the squares of these products, float32.
       look_cross: sum of the alignments, each times the square of its weight, float32.
       look_weight: sum of the weights, float32.
@@ -141,13 +141,13 @@ class RegulatorScalars(NamedTuple):
       num_looks: number of those looks, float32.
       verdict: the last `Verdict`, int32.
       conduct: the last `Conduct`, int32.
-      num_hard: steps of the present `Conduct.EPISODE`, int32.
-      num_accepted: number of steps accepted, bounded ones among them, int32.
+      num_hard: steps of the current `Conduct.EPISODE`, int32.
+      num_accepted: number of steps accepted, including bounded ones, int32.
       num_bounded: number of steps accepted with a bounded gradient, int32.
       num_skipped: number of steps skipped, int32.
       num_revert_steps: number of steps spent on reverts (two each), int32.
-      num_trials: times that params went back to see whether they are damaged, int32.
-      num_harmful: times that they were, int32.
+      num_trials: reverts that test whether params are damaged, int32.
+      num_harmful: trials that showed damage, int32.
       num_audits_passed: number of audits with a positive alignment, int32.
       anchor_age: accepted updates by which params are away from the anchor, int32.
     """
@@ -191,15 +191,15 @@ class RegulatorScalars(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What came of the conditional: what was seen of the anchor, and done about it.
+    """Result of the conditional: what was seen of the anchor, and whether it moved.
 
     Attributes:
       is_seen: whether there was a look at this step, bool.
       is_taken: whether all looks at this anchor were summed up, bool.
-      is_failed: whether they say that the first steps led nowhere, bool.
+      is_failed: whether they show that the first steps failed, bool.
       is_moved: whether the anchor is now at the params, bool.
-      reach: how far a start went that was too far, float32.
-      alignment: their weighed mean, float32.
+      reach: how far a start that failed went, float32.
+      alignment: weighted mean of the looks, float32.
       alignment_error: its standard error, float32.
       rise: mean product of gradient and way, float32.
       rise_error: its standard error, float32.
@@ -226,7 +226,7 @@ class Look(NamedTuple):
     num_looks: Any = 0.0
 
 
-LOOKS = (  # what is summed up from look to look, until it is told
+LOOKS = (  # sums over looks, until an audit reports them
     "look_sum",
     "look_square",
     "look_cross",
@@ -244,10 +244,10 @@ class Assessment(NamedTuple):
     Attributes:
       is_usable: whether loss and gradient are finite, bool.
       is_high: whether the loss is above what is tolerated; without a loss, the norm
-        where no more may be skipped for it, bool.
-      is_odd: whether the norm is and the loss is not, bool.
+        where no skips are left, bool.
+      is_odd: whether the norm is above what is tolerated and the loss is not, bool.
       is_healthy: whether all errors are far below what is tolerated, bool.
-      is_undone: whether much of the progress is; without a loss, `is_high`, bool.
+      is_undone: whether much of the progress is lost; without a loss, `is_high`, bool.
       error: rise of the loss in units of what is tolerated, float32.
       norm_error: rise of the log norm likewise, float32.
       log_norm: logarithm of the norm, NaN for a norm of 0 or NaN, float32.
@@ -255,9 +255,9 @@ class Assessment(NamedTuple):
       bound: factor that scales the gradient down to that, float32.
       weight: norm in units of its median, at most that of a bounded gradient, and in
         [e^-20, e^20], float32.
-      recorded: what the history is to remember of loss and log norm, float32, (2,).
-      signals: what they are, float32, (2,).
-      is_recorded: which of the two is remembered, bool, (2,).
+      recorded: loss and log norm as the history records them, float32, (2,).
+      signals: loss and log norm themselves, float32, (2,).
+      is_recorded: which of the two is recorded, bool, (2,).
     """
 
     is_usable: jax.Array
@@ -285,7 +285,7 @@ class Decision(NamedTuple):
       is_new_revert: whether this is the first of the two steps of a revert, bool.
       is_trial: whether that revert is to show if params are damaged, bool.
       is_harmful: whether going back showed that they were, bool.
-      is_new_level: whether high losses are there to stay, bool.
+      is_new_level: whether high losses are taken for a new level, bool.
       is_over: whether nothing is in doubt any more, bool.
       doubt: evidence against the params, float32.
     """

@@ -44,13 +44,13 @@ class ErrorRegulateState(NamedTuple):
     The scalars can be read by name: ``state.verdict``, ``state.damping_factor``, ...
 
     Attributes:
-      scalars: what was told at the last step, what is remembered, and counters; see
+      scalars: the report of the last step, memory, and counters; see
         `RegulatorScalars`.
-      history: the recent losses and the recent logarithms of the gradient norm, an
-        alarm clipped to what was tolerated; leading axis 2.
+      history: the recent losses and the recent logarithms of the gradient norm, with
+        alarms clipped; leading axis 2.
       anchor: the params that a revert goes back to, a tree like the params.
       inner_state: the state of the wrapped transformation.
-      local: what the last step did to each leaf; None unless asked for.
+      local: the effect of the last step on each leaf; None without ``local=True``.
 
     Example:
       >>> import jax.numpy as jnp, optax, lalerg_optax as lo
@@ -76,14 +76,14 @@ class ErrorRegulateState(NamedTuple):
         return read(RegulatorScalars, self.scalars, present_name(name))
 
 
-def _loss_told(seen: Assessment, verdict: jax.Array, avg_value: jax.Array) -> jax.Array:
+def _loss_seen(seen: Assessment, verdict: jax.Array, avg_value: jax.Array) -> jax.Array:
     """Returns the loss that ``inner`` sees: the average one on a rejected batch."""
     is_bounded = verdict == Verdict.BOUND
     loss = jnp.where(is_bounded, seen.recorded[0], seen.signals[0])
     return jnp.where(is_applied(verdict), loss, avg_value)
 
 
-def _told(
+def _report(
     last: RegulatorScalars,
     decision: Decision,
     look: Look,
@@ -92,8 +92,8 @@ def _told(
     *,
     audit: bool,
 ) -> dict[str, Any]:
-    """Returns what links of this package are told of a step, as extra arguments."""
-    told = Audit(
+    """Returns the report of a step to links of this package, as extra arguments."""
+    taken = Audit(
         is_taken=look.is_taken,
         alignment=look.alignment,
         alignment_error=look.alignment_error,
@@ -104,9 +104,9 @@ def _told(
     )
     return {
         "verdict": verdict,
-        # what was not finite alone says nothing of a rate that did well
+        # non-finite steps alone say nothing about a rate that did well
         "is_harmful": decision.is_harmful & ((last.peak_doubt > 0.0) | ~is_started),
-        "audit": told if audit else None,
+        "audit": taken if audit else None,
     }
 
 
@@ -126,20 +126,20 @@ def error_regulate(
     anchor_memory: str = "device",
     axis_name: str | tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Judges every update by what it did to the loss, and undoes one that did harm.
+    r"""Judges every update by its effect on the loss, and undoes one that did harm.
 
     The loss :math:`L_t` is compared with the median :math:`m` and the upper spread
-    :math:`s` of the last 128 and with the first one, :math:`L_1`; the logarithm of the
-    gradient norm likewise. An error above 1 is more than is tolerated:
+    :math:`s` of the last 128 losses, and with that at the start, :math:`L_1`; the
+    logarithm of the gradient norm likewise. An error above 1 exceeds the tolerance:
 
     .. math::
 
         e = \frac{L_t - m}{\max(threshold \cdot s,\; progress\_fraction \cdot
             (L_1 - m),\; 10^{-5} |m|)}
 
-    It makes a `Verdict`: a high loss is accepted with a bounded gradient, what is not
-    finite is skipped. Losses that stay high are doubt, and lead back to the anchor, a
-    copy of healthy params; the losses there tell whether params or data were at fault.
+    It leads to a `Verdict`: a high loss is accepted with a bounded gradient, a step
+    that is not finite is skipped. If losses stay high, params go back to the anchor, a
+    copy of healthy params. The losses there show whether params or data were at fault.
     All equations: ``docs/algorithm.md``; nested or flat: ``docs/forms.md``.
 
     Example:
@@ -165,11 +165,11 @@ def error_regulate(
       recovery_steps: accepted steps in which one cut is made good, above 0.
       clip_norm: if given, gradients are scaled down to this global norm, above 0.
       audit: whether to look back at the anchor, for a macro level in ``inner``.
-      local: whether `metrics` is to have what a step did to each leaf, too.
+      local: whether `metrics` also reports the effect of a step on each leaf.
       anchor_dtype: dtype of the anchor of real params, with the range of float32.
       anchor_memory: of the anchor: ``"device"`` or ``"pinned_host"``.
       axis_name: of mapped axes (``shard_map``) over which value and norm are averaged.
-        Gradients are not: average them before. Not needed under plain ``jit``.
+        Average the gradients yourself before. Not needed under plain ``jit``.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the keyword
@@ -177,11 +177,11 @@ def error_regulate(
       gradient norm alone. Updates have the dtypes of the params.
 
     Raises:
-      ValueError: for a hyperparameter outside of its range; in ``init`` when devices
-        lack that memory; in ``update`` for params that are missing, a ``value`` that is
-        no scalar, gradients that do not fit to params, or another state.
-      TypeError: if ``inner`` is no transformation or refuses extra arguments, ``value``
-        is no number, or the state is that of another transformation.
+      ValueError: for a hyperparameter outside its range; in ``init`` when devices lack
+        that memory; in ``update`` for missing params, a ``value`` that is not a scalar,
+        gradients that do not match the params, or another state.
+      TypeError: if ``inner`` is not a transformation or refuses extra arguments,
+        ``value`` is not a number, or the state is that of another transformation.
     """
     check_range("threshold", threshold, 0.0, float("inf"), low_open=True)
     check_range("progress_fraction", progress_fraction, 0.0, float("inf"))
@@ -238,7 +238,7 @@ def error_regulate(
         if axis_name is not None:
             value, grad_norm = lax.pmean((value, grad_norm), axis_name)
 
-        # Assess, look, decide, learn: scalars, but for the anchor.
+        # Assess, look, decide, learn: scalars, except for the anchor.
         seen = assess(
             last,
             state.history,
@@ -250,7 +250,7 @@ def error_regulate(
         decision = decide(last, seen, rule, has_value=value is not None)
         is_started = last.num_audits_passed > 0 if audit else jnp.ones((), jnp.bool_)
         when = due(last, seen, decision, rule, audit=audit)
-        # where the way is longer, there is more to see
+        # a longer way shows more
         weights = seen.weight * last.anchor_age, seen.bound
         way_back = state.anchor, params, updates, grad_norm
         anchor, look = look_and_move(
@@ -266,7 +266,7 @@ def error_regulate(
         scalars, history = learn(
             last, state.history, grad_norm, seen, look, decision, is_started, rule
         )
-        # read back: what comes later takes it from memory and does not decide again
+        # read back: later code takes it from memory instead of deciding again
         verdict, damping, avg_value = (
             read(RegulatorScalars, scalars, name)
             for name in ("verdict", "damping_factor", "avg_value")
@@ -274,13 +274,13 @@ def error_regulate(
 
         # Inner: sees nothing of a rejected batch.
         scale = scale_of(seen, verdict, grad_norm, clip_norm)
-        # not those of an outer regulator
-        extra_args |= _told(last, decision, look, verdict, is_started, audit=audit)
+        # these replace those of an outer regulator
+        extra_args |= _report(last, decision, look, verdict, is_started, audit=audit)
         inner_updates, inner_state = chained.update(
             admitted(updates, verdict, scale),
             state.inner_state,
             params,
-            value=None if value is None else _loss_told(seen, verdict, avg_value),
+            value=None if value is None else _loss_seen(seen, verdict, avg_value),
             **extra_args,
         )
 

@@ -1,4 +1,4 @@
-"""Rise: how much the loss rises on the way from the anchor to the params, and may."""
+"""Rise: how much the loss rises from the anchor to the params, and how much it may."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def averaged(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalar
     """Returns the averages of rise and loss after one more audit.
 
     A rise grows with the square of the rate, and is averaged in units of that. While
-    the rate leaps, what was seen at other rates says nothing.
+    the rate leaps, only the last audit counts.
     """
     new = jnp.where(state.phase == Phase.STEER, weight(state, rule), 1.0)
     is_first = state.num_windows == 0  # losses may come later than audits
@@ -31,10 +31,10 @@ def averaged(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalar
 def room_left(state: MacroScalars, rule: SearchRule) -> jax.Array:
     """Returns by how many octaves the rate is too low, by the rise of the loss.
 
-    At a rate that is too high, params are beyond the lowest point of the way that they
-    came: the loss rises, by what the noise of the gradients costs. Some of that is
-    worth its while, because a schedule takes it back. In units of the loss, one bound
-    does for all: a share of the geometric mean of progress and noise.
+    At a rate that is too high, params are beyond the lowest point of their way: the
+    loss rises, by the cost of gradient noise. Some of this rise is acceptable, because
+    a schedule removes it later. In units of the loss, one bound fits all tasks: a share
+    of the geometric mean of progress and noise.
     """
     span = jnp.maximum(rule.share * state.num_macro_steps, state.window_count)
     error = jnp.sqrt(state.loss_variance / jnp.maximum(span, 1.0))
@@ -46,9 +46,9 @@ def room_left(state: MacroScalars, rule: SearchRule) -> jax.Array:
     )
     noise = jnp.sqrt(state.loss_variance)
     deviation = jnp.clip(noise, rule.least_noise * gained, rule.most_noise * gained)
-    # roots one by one: the product may be no float32
+    # roots one by one: the product may overflow float32
     mean = jnp.sqrt(gained) * jnp.sqrt(deviation)
-    # without noise, and without a schedule, no rise is worth anything for long
+    # without noise, and without a schedule, no rise is acceptable for long
     calm = noise / jnp.sqrt(jnp.asarray(rule.least_noise, jnp.float32))
     allowed = waste * jnp.where(rule.anneal, jnp.minimum(mean, calm), mean)
     is_downhill = state.avg_rise < -rule.clear_errors * state.avg_rise_error

@@ -1,8 +1,8 @@
 """Scalars: a record of named scalars that is kept in two arrays.
 
 Every output of a compiled step is a kernel of its own, which has to be compiled and
-launched. The scalars of regulator, judge and macro level, forty arrays otherwise, would
-take XLA six times as long to compile as all of AdamW.
+launched. As forty arrays, the scalars of regulator, judge and macro level would take
+XLA six times as long to compile as all of AdamW.
 """
 
 import functools
@@ -30,8 +30,8 @@ class Scalars(NamedTuple):
 
 
 def _defaults(kind: type[tuple[Any, ...]]) -> dict[str, Any]:
-    """Returns the fields of a NamedTuple with what they are at first."""
-    # documented, but mypy knows it of no type that stands for all NamedTuples
+    """Returns the fields of a NamedTuple with their defaults."""
+    # documented, but mypy does not know it for any type common to all NamedTuples
     return kind._field_defaults  # type: ignore[attr-defined]
 
 
@@ -44,8 +44,8 @@ def as_vector(
 ) -> jax.Array:
     """Returns scalars as one vector.
 
-    A chain of selects is one elementwise kernel, in which what entries have in common
-    is computed once. ``jnp.stack`` would be compiled entry by entry.
+    A chain of selects is one elementwise kernel, which computes common parts of the
+    entries once. ``jnp.stack`` would be compiled entry by entry.
     """
     lane = lax.iota(jnp.int32, len(scalars))
     packed = jnp.zeros(len(scalars), dtype)
@@ -95,6 +95,6 @@ def unpack(kind: type[Record], scalars: Scalars) -> Record:
 
 
 def count_if(is_counted: jax.Array, count: jax.Array) -> jax.Array:
-    """Returns the count, one higher where that is so; it stays at 2^31 - 1."""
+    """Returns the count, one higher where ``is_counted``; it saturates at 2^31 - 1."""
     is_full = count >= jnp.iinfo(jnp.int32).max
     return jnp.where(is_counted & ~is_full, count + 1, count)

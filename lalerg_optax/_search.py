@@ -24,11 +24,11 @@ from ._windows import (
 
 
 def _estimate(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalars:
-    """Returns what the alignment is after one more audit (Kalman's filter).
+    """Returns the alignment after one more audit (Kalman filter).
 
-    Between audits it may drift by a share of its best; what an audit tells is uncertain
-    by as much, and by the noise of its looks. So without noise it is an average over
-    two audits, and over as many as the noise asks for with it.
+    Between audits it may drift by a share of its best. The result of an audit is
+    uncertain by as much, and by the noise of its looks. So without noise the average is
+    over two audits, and with noise over as many as the noise requires.
     """
     noise = audit.alignment_error**2
     scale = jnp.maximum(state.best_alignment, jnp.abs(state.avg_alignment))
@@ -37,7 +37,7 @@ def _estimate(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScala
     drift = (rule.drift * scale) ** 2
     before = state.alignment_spread + drift
     gain = jnp.where(is_first, 1.0, before / jnp.maximum(before + noise + drift, 1e-30))
-    # what is clearly another one is not averaged with what it was
+    # an alignment that is clearly another one counts at least half
     surprise = (audit.alignment - state.avg_alignment) ** 2
     margin = rule.standard_errors**2 * (noise + state.alignment_noise)
     gain = jnp.where(surprise > margin, jnp.maximum(gain, 0.5), gain)
@@ -48,7 +48,7 @@ def _estimate(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScala
         avg_alignment=mean,
         alignment_spread=jnp.where(is_first, noise + drift, (1.0 - gain) * before),
         alignment_noise=left,
-        # 1 is that of a run that was taken up
+        # 1 is that of a run that was adopted
         best_alignment=jnp.maximum(state.best_alignment, jnp.minimum(clear, 0.999)),
         num_audits=count_if(jnp.ones((), jnp.bool_), state.num_audits),
     )
@@ -60,7 +60,7 @@ def _log2(factor: jax.typing.ArrayLike) -> jax.Array:
 
 
 def _scaled(state: MacroScalars, octaves: jax.Array, rule: SearchRule) -> MacroScalars:
-    """Multiplies the rate by 2 to that power: an exact one of whole numbers."""
+    """Multiplies the rate by 2 to that power, which is exact for whole numbers."""
     rate = jnp.clip(
         state.macro_rate * jnp.power(2.0, octaves), 1.0 / rule.max_rate, rule.max_rate
     )
@@ -92,14 +92,14 @@ def _leap(
     is_ended = (is_bad & is_begun & is_known) | is_found
     is_ended |= is_bad & (state.phase == Phase.SEARCH)
     if room is not None:
-        # an alignment that is lost in noise, or zero, is no end while nothing rises
+        # an alignment lost in noise, or zero, does not end it while nothing rises
         is_over = loss.is_undone | loss.is_flat
         is_early = is_ended & is_begun & ~is_over & (room >= 1.0)
         octaves = jnp.where(is_begun, jnp.minimum(octaves, room), octaves)
         octaves = jnp.where(is_early, 0.5 * room, octaves)
         is_ended &= ~is_early
     phase = jnp.where(is_bad | is_begun, state.phase, Phase.SEARCH)
-    # what a good alignment is, is learnt from down there
+    # a good alignment is learnt from that lower rate on
     return octaves, state._replace(
         phase=jnp.where(is_ended, Phase.STEER, phase).astype(jnp.int32),
         num_audits=jnp.where(is_first, 0, state.num_audits),
@@ -125,9 +125,9 @@ def _steer(
     else:
         power = room / _log2(rule.slow_growth_factor)
         power = jnp.clip(power, -rule.steer_down, rule.steer_up)
-        # where nothing is left to gain, nothing rises either
+        # with no progress left to make, the loss does not rise either
         power = jnp.where(loss.is_flat, jnp.minimum(power, 0.0), power)
-    # of a run that was taken up it is not known where it began
+    # the start of a run that was adopted is unknown
     is_blind = (state.num_audits == 0) | (state.best_alignment >= 1.0)
     power = jnp.where(is_blind, by_loss, power)
     return jnp.where(
@@ -139,10 +139,10 @@ def _steer(
 
 @functools.partial(jax.jit, inline=True)
 def harm(state: MacroScalars, audit: Audit | None, rule: SearchRule) -> MacroScalars:
-    """An update did harm: the rate is cut, and deep before any audit was good."""
+    """Cuts the rate after harm, and more deeply before any audit was good."""
     is_begun = state.phase >= Phase.SEARCH
     octaves = jnp.where(is_begun, 1.0, rule.deep) * _log2(rule.backoff_factor)
-    if audit is not None:  # a start that went too far is told by how much
+    if audit is not None:  # the further a start went, the deeper the cut
         nearer = _log2(rule.first_reach / jnp.maximum(audit.reach, rule.first_reach))
         octaves = jnp.where(is_begun, octaves, jnp.minimum(octaves, nearer))
     cut = _scaled(start_window(state), octaves, rule)
@@ -163,9 +163,9 @@ def _blind_audit(
 
 
 def _remembered(seen: MacroScalars, moved: MacroScalars, loss: Loss) -> MacroScalars:
-    """Returns what is remembered of the losses of a window that is over."""
+    """Returns what is remembered of the losses of a finished window."""
     is_first = is_first_window(seen)
-    # the start is what losses were until they had clearly come down
+    # the start is the mean loss until it has clearly come down
     is_start = (seen.phase <= Phase.SEARCH) & ~loss.is_down
     first = moved.first_window_mean
     first += jnp.where(is_start, share(seen), 0.0) * (seen.window_mean - first)
@@ -196,7 +196,7 @@ def step(
     loss = compare(seen, rule, has_value)
     room = None
     is_found = jnp.zeros((), jnp.bool_)
-    if audit is None:  # the loss is all that is known
+    if audit is None:  # only the loss is known
         audited = seen
         is_audited = (seen.window_count >= rule.audit_every) & has_value
         rho, is_good, is_bad = _blind_audit(seen, loss, rule)
@@ -219,8 +219,8 @@ def step(
         )
         is_good = has_moved & (mean - error > threshold)
         is_bad = has_moved & (mean + error <= threshold)
-        # Where the slope goes on and the loss is another one, so are the data: what is
-        # the lowest is learnt anew.
+        # Where the slope continues at another loss, the data have changed: the lowest
+        # loss is learnt again.
         now = audit.alignment - rule.standard_errors * audit.alignment_error
         is_new = loss.is_undone & is_good & (now > threshold)
         is_new &= seen.phase >= Phase.SEARCH

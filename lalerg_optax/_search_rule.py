@@ -10,43 +10,42 @@ class SearchRule(NamedTuple):
     """Numbers of the search; those that users see may be traced.
 
     Attributes:
-      anneal: whether the rate falls on and on: where no schedule does.
+      anneal: whether the rate keeps falling: where no schedule does.
       growth_factor: see `scale_by_macro_rate`, as the next four.
       slow_growth_factor: likewise.
       backoff_factor: likewise.
       good_alignment: likewise.
       audit_every: likewise.
       max_rate: bound of the rate, and of its inverse.
-      standard_errors: how many of them make a thing clear.
+      standard_errors: how many of them make a difference clear.
       drift: by how much, in units of the best, the alignment may change from one audit
-        to the next: what makes old audits count less.
-      share: of the run so far: over that much of it rise and loss are averaged, and by
-        audits of fewer steps the rate is steered by less.
-      waste: rise on the way from the anchor to the params that a good rate has, in
+        to the next: this makes old audits count less.
+      share: share of the run so far over which rise and loss are averaged; audits of
+        fewer steps steer the rate by less.
+      waste: rise on the way from the anchor to the params at a good rate, in
         units of the square root of share of the run, progress, and noise of a loss.
         Chosen, as the next seven, on development tasks of ``benchmarks/noise.py`` and
         ``benchmarks/decades.py``.
-      annealed_waste: the same where no schedule is still to fall, in units of the share
-        itself: there the rate has to fall on and on.
+      annealed_waste: the same without a schedule, in units of the share itself: there
+        the rate has to keep falling.
       least_noise: deviation of a loss, in units of the progress, at least.
       most_noise: the same, at most.
       rise_errors: standard errors that are added to a rise.
-      clear_errors: standard errors below zero at which the way leads on downhill.
-      downhill_room: octaves by which the rate is then too low at least.
+      clear_errors: standard errors below zero at which the way still leads downhill.
+      downhill_room: octaves by which the rate is then too low, at least.
       steer_up: exponent of the largest growth of a rate that was found.
       steer_down: the same of its largest fall.
-      num_start: losses that tell where a run began, if no audit comes before.
+      num_start: losses that give the loss at the start, if no audit precedes.
       first: power of ``backoff_factor`` after the first good audit of a run.
       first_reach: how far the first steps should lead, in units of the params.
-      deep: the same of a run that had to go back to its start, and of each time.
-      blind: share of a leap to dare where the alignment is not known.
-      target: alignment, in units of its best, that a rate is steered to where there
-        is no loss.
+      deep: the same for a run that had to go back to its start, and each time it does.
+      blind: share of a leap where the alignment is not known.
+      target: alignment, in units of its best, that a rate is steered to without a loss.
       slope: of that steering.
-      annealed_target: the same where no schedule is still to fall.
+      annealed_target: the target without a schedule.
       best_errors: standard errors by which an alignment has to be above the best.
-      least_gain: what a window has to gain, in units of the progress that was made at
-        the same pace so far, for a higher rate to be worth anything.
+      least_gain: least gain of a window for which a higher rate is worth it, in units
+        of the progress at the pace so far.
     """
 
     anneal: bool = False
@@ -85,9 +84,9 @@ class Phase(enum.IntEnum):
 
     Attributes:
       START: no audit was good yet.
-      RESTARTED: nor was any, and the run had to go back to its start.
+      RESTARTED: the same, and the run had to go back to its start.
       SEARCH: the rate grows by leaps.
-      STEER: it was found, and moves in small steps.
+      STEER: the rate was found, and moves in small steps.
     """
 
     START = 0
@@ -101,10 +100,10 @@ class MacroScalars(NamedTuple):
 
     Attributes:
       macro_rate: factor of the updates, in [2^-40, 2^40], float32.
-      avg_alignment: what the alignment is, from all audits, float32.
-      alignment_spread: variance of that, if it may drift between audits, float32.
-      alignment_noise: variance that the noise of looks alone gives it, float32.
-      best_alignment: the largest that it clearly was, float32.
+      avg_alignment: estimate of the alignment, from all audits, float32.
+      alignment_spread: its variance, if it may drift between audits, float32.
+      alignment_noise: its variance from the noise of looks alone, float32.
+      best_alignment: the largest alignment that was clear, float32.
       avg_rise: average rise of the loss from anchor to params, in units of the squared
         rate, float32.
       avg_rise_error: its standard error, float32.
@@ -119,13 +118,13 @@ class MacroScalars(NamedTuple):
       last_window_variance: the variance of that mean, float32.
       best_window_mean: the lowest mean of a whole window, float32.
       phase: the `Phase`, int32.
-      num_audits: number of audits that moved, since what a good one is has to be
-        learnt, int32.
-      window_count: number of losses in the window, int32.
-      num_macro_steps: number of losses ever taken in, int32.
+      num_audits: number of audits at which params had moved, since a good alignment
+        has to be learnt, int32.
+      window_count: number of accepted steps in the window, int32.
+      num_macro_steps: number of all accepted steps, int32.
       num_windows: number of windows that are complete, int32.
-      num_macro_held: number of steps that left the rate as it was because the
-        verdict or a number that is not finite said so, int32.
+      num_macro_held: number of steps that left the rate unchanged, because of the
+        verdict or of a number that is not finite, int32.
     """
 
     macro_rate: Any = 1.0

@@ -29,7 +29,7 @@ def _real_parts(leaves: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
 def _apart(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Keeps casts of these leaves apart from other casts of the same leaves.
 
-    A cast that several computations have in common, XLA would do once and store.
+    XLA would do a cast that several computations have in common once, and store it.
     """
     if all(x.dtype == jnp.float32 for x in leaves):
         return leaves
@@ -49,9 +49,10 @@ def sum_entries(term: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
     """Returns the sum of ``term(x, y, ...)`` over all entries, in float32.
 
     Many small leaves of one shape are added up entry by entry before they are summed:
-    one reduction for each of two thousand leaves, and a scalar from each, would take
-    XLA longer to compile than all the rest of the step. A few are not, because on
-    several devices they may be sharded in different ways, and would have to move.
+    XLA would take longer to compile one reduction for each of two thousand leaves, and
+    a scalar from each, than all the rest of the step. A few leaves are not added up,
+    because on several devices they may be sharded in different ways, and would have to
+    move.
 
     Args:
       term: an elementwise function of one entry of each tree, in float32. A complex

@@ -1,4 +1,4 @@
-"""Verdict and audit: what the regulator hands down, without the regulator."""
+"""Verdict and audit: what the regulator passes to its links."""
 
 import enum
 from typing import NamedTuple
@@ -13,12 +13,12 @@ class Verdict(enum.IntEnum):
     number  verdict                 the batch and the update
     ======  ======================  ================================================
     0       ACCEPT                  nothing to object to: the update is applied
-    3       BOUND                   the loss is high, which may be a hard batch: the
-                                    update is applied, that of a gradient which is
+    3       BOUND                   the loss is high, perhaps due to a hard batch: the
+                                    update is applied, from a gradient that is
                                     scaled down to what is tolerated
-    1       SKIP                    cannot be used: not finite, or a gradient that
-                                    does not fit to an ordinary loss: params and
-                                    rates stay as they are
+    1       SKIP                    not usable: not finite, or a gradient that is
+                                    too large for an ordinary loss: params and rates
+                                    stay as they are
     2       REVERT                  the params may be damaged: they go back to the
                                     anchor
     ======  ======================  ================================================
@@ -27,7 +27,7 @@ class Verdict(enum.IntEnum):
       ACCEPT: 0, the update is applied.
       SKIP: 1, the batch is dropped.
       REVERT: 2, params go back to the anchor.
-      BOUND: 3, the update is applied, of a gradient of bounded norm.
+      BOUND: 3, the update is applied, from a gradient of bounded norm.
 
     Example:
       >>> import jax.numpy as jnp, lalerg_optax as lo
@@ -50,13 +50,13 @@ def is_applied(verdict: jax.Array) -> jax.Array:
 
 
 class Audit(NamedTuple):
-    """What looks back from the current params to the anchor told.
+    """Result of the looks back from the current params to the anchor.
 
     Attributes:
       is_taken: whether looks were summed up at this step, bool scalar.
       alignment: of fresh gradients with the way back to the anchor,
-        float32 scalar in [-1, 1]. Positive: by the light of batches that they have
-        not seen, the steps since the anchor led downhill, and the slope goes on.
+        float32 scalar in [-1, 1]. Positive: judged by batches that they have not
+        seen, the steps since the anchor led downhill, and the slope continues.
         Exactly 0: params did not move at all, or no audit was taken.
       alignment_error: standard error of that mean, from the differences between the
         looks, float32 scalar.
@@ -64,10 +64,10 @@ class Audit(NamedTuple):
         product of gradient and way, mean over the looks, in units of the loss, float32
         scalar.
       rise_error: its standard error, likewise.
-      reach: how far params are from the anchor, in units of its norm, where that is why
-        they go back to the start of the run; else 0, float32 scalar.
+      reach: how far params are from the anchor, in units of its norm, where an audit
+        sends them back to the start of the run; otherwise 0, float32 scalar.
       is_restart: whether params go back to where the run began because no audit was
-        good yet, bool scalar: what was gathered on the way is void.
+        good yet, bool scalar: everything learnt on the way is void.
     """
 
     is_taken: jax.Array

@@ -18,7 +18,7 @@ _NOT_FINITE = 0.99 * LARGEST
 
 
 class InterventionWarning(UserWarning):
-    """So many steps were skipped or reverted that something deserves a look.
+    """More steps were skipped or reverted than expected: have a look.
 
     Example:
       >>> import warnings, lalerg_optax as lo
@@ -28,15 +28,15 @@ class InterventionWarning(UserWarning):
 
 
 class Watch:
-    """Warns of more interventions in a window than are to be expected.
+    """Warns of more interventions in a window than expected.
 
     Args:
       window: steps in which interventions are counted, at least 1.
-      max_skips: steps that may be skipped in them, at least 0.
-      max_reverts: reverts that they may have in them, at least 0.
+      max_skips: skips that are allowed in a window, at least 0.
+      max_reverts: reverts that are allowed in a window, at least 0.
 
     Raises:
-      ValueError: for an argument outside of its range.
+      ValueError: for an argument outside its range.
     """
 
     def __init__(self, window: int, max_skips: int, max_reverts: int):
@@ -47,12 +47,12 @@ class Watch:
         self._max_skips = max_skips
         self._max_reverts = max_reverts
         self._last_warning: dict[str, int] = {}
-        self._told: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     def look(self, blocks: list[Block], num_new: int) -> None:
         """Warns where interventions pile up in a window that ends at a new step.
 
-        And once in a run of each kind that recurs, however far apart they are.
+        Also warns once in a run of each kind that recurs, however far apart.
         """
         recent: list[Block] = []
         num_recent = 0
@@ -67,8 +67,8 @@ class Watch:
                 continue
             group = name.removesuffix("verdict")
             for kind, text in self._recurring(group, tail):
-                if (group, kind) not in self._told:
-                    self._told.add((group, kind))
+                if (group, kind) not in self._warned:
+                    self._warned.add((group, kind))
                     warnings.warn(text, InterventionWarning, stacklevel=4)
             num_skips = _sums(tail[name] == Verdict.SKIP, self._window)
             num_reverts = _sums(tail[name] == Verdict.REVERT, self._window)
@@ -94,7 +94,7 @@ class Watch:
 
     @staticmethod
     def _recurring(group: str, tail: Block) -> Iterator[tuple[str, str]]:
-        """Yields each kind of rejection that recurs in this run, and what to say."""
+        """Yields each kind of rejection that recurs in this run, and its warning."""
         last = {
             name: tail[group + name][-1]
             for name in ("skips_left", "num_harmful")
@@ -143,7 +143,7 @@ def _sums(flags: np.ndarray, window: int) -> np.ndarray:
 
 
 def _warning(group: str, num_skips: int, num_reverts: int, part: Block) -> str:
-    """Returns what to say of a window: how much was done, and who objected."""
+    """Returns the warning for a window: how many interventions, and which signals."""
     is_rejected = np.isin(part["verdict"], (Verdict.SKIP, Verdict.REVERT))
 
     def error(name: str) -> np.ndarray:
@@ -185,7 +185,7 @@ def _number(count: int, noun: str) -> str:
 
 
 def _leading_leaf(part: Block, prefix: str, rows: np.ndarray) -> str:
-    """Returns the leaf that is the largest at most of some steps; ``""`` for none."""
+    """Returns the leaf that is the largest at most of the rows; ``""`` for none."""
     leaves = [name for name in part if name.startswith(prefix)]
     if not leaves or not rows.any():
         return ""

@@ -9,7 +9,7 @@ from ._numbers import LARGEST
 from ._scalars import count_if
 from ._search_rule import MacroScalars, Phase, SearchRule
 
-LARGEST_LOSS = 1e16  # its square, times the length of most windows, is a float32
+LARGEST_LOSS = 1e16  # its square, times the length of most windows, fits into float32
 
 
 def choose(pred: jax.Array, new: MacroScalars, old: MacroScalars) -> MacroScalars:
@@ -44,7 +44,7 @@ def observe(state: MacroScalars, loss: jax.Array | None) -> MacroScalars:
 
 
 def start_loss(seen: MacroScalars, known: MacroScalars, rule: SearchRule) -> jax.Array:
-    """Returns where a run begins, noted once there are losses enough."""
+    """Returns the loss at the start of a run, set once there are enough losses."""
     is_due = (seen.num_windows == 0) & (seen.window_count == rule.num_start)
     is_due &= seen.start_loss == -LARGEST
     start = seen.window_mean - jnp.sqrt(variance_of_mean(seen))
@@ -87,13 +87,13 @@ class Loss(NamedTuple):
 
 
 def is_first_window(state: MacroScalars) -> jax.Array:
-    """Returns whether what a window is compared with begins with this one."""
+    """Returns whether this is the first window that later ones are compared with."""
     return (state.num_windows == 0) | (state.phase < Phase.SEARCH)
 
 
 def compare(state: MacroScalars, rule: SearchRule, has_value: bool) -> Loss:
     rise = state.window_mean - state.best_window_mean
-    # by the noise of the windows before: a blow-up does not excuse itself
+    # by the noise of the windows before: a blow-up must not widen its own margin
     count = jnp.maximum(state.window_count, 1)
     margin = rule.standard_errors * jnp.sqrt(2.0 * state.loss_variance / count)
     is_first = is_first_window(state)

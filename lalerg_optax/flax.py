@@ -1,10 +1,10 @@
-"""Flax: linen's TrainState that hands the loss on to the optimizer.
+"""Flax: linen's TrainState that passes the loss to the optimizer.
 
 ``flax.nnx.Optimizer`` needs nothing: ``optimizer.update(model, grads, value=loss)``
 forwards the loss as it is.
 
-Batch statistics are made in the forward pass, before anything is judged, and a NaN in a
-running average stays there. Where a step was not accepted, keep those of before. With
+Batch statistics are computed in the forward pass, before the step is judged, and a NaN
+in a running average stays there. Where a step was not accepted, keep the old ones. With
 linen::
 
     updated = state.apply_gradients(grads=grads, value=loss, batch_stats=new_stats)
@@ -25,8 +25,8 @@ and with NNX, ``before`` taken in front of the forward pass::
         model, jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), after, before)
     )
 
-A revert takes params to the anchor and leaves the statistics where the last accepted
-step has put them; they follow within the memory of their average.
+A revert takes params to the anchor and leaves the statistics as of the last accepted
+step; they adapt within the memory of their average.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ from ._apply import apply_updates
 
 
 class TrainState(train_state.TrainState):
-    """``flax.training.train_state.TrainState`` whose gradients come with a loss.
+    """``flax.training.train_state.TrainState`` that passes the loss to the optimizer.
 
     Example:
       >>> import jax, jax.numpy as jnp, lalerg_optax as lo
@@ -70,7 +70,7 @@ class TrainState(train_state.TrainState):
           **kwargs: further fields to replace, such as ``batch_stats``.
 
         Returns:
-          A new state, one step further. On a revert its params are the anchor, bit
+          A new state, one step later. On a revert its params are the anchor, bit
           for bit.
         """
         updates, opt_state = self.tx.update(

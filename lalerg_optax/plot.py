@@ -49,14 +49,14 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
 
     Three panels over the steps: the loss with a mark at each step that was bounded,
     skipped or reverted; the factors of the learning rate (``macro_rate``,
-    ``damping_factor`` and their product); and the errors in units of what is tolerated,
-    with the threshold at 1. Errors beyond 10 are drawn as triangles at the top.
+    ``damping_factor`` and their product); and the errors in units of the tolerated
+    rise, with the threshold at 1. Errors beyond 10 are drawn as triangles at the top.
 
     Args:
       history: what ``Recorder.history`` returns, or any dict with arrays of `metrics`.
       group: the label of one regulator where there are several: ``"encoder"`` for
         ``"encoder/verdict"``.
-      loss: the name that the loss was recorded under; without it ``avg_value`` is
+      loss: the name under which the loss was recorded; if it was not, ``avg_value`` is
         drawn.
 
     Returns:
@@ -86,14 +86,14 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
             "loss=loss) at each step first, and for an optimizer with several "
             "regulators give the group."
         )
-    told = {name: np.asarray(x) for name, x in history.items()}
-    told |= {name.removeprefix(prefix): x for name, x in told.items()}
+    series = {name: np.asarray(x) for name, x in history.items()}
+    series |= {name.removeprefix(prefix): x for name, x in series.items()}
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     panels = figure.subplots(3, sharex=True, height_ratios=(3, 2, 2))
-    steps = told.get("step", np.arange(len(told["verdict"])))
-    _draw_loss(panels[0], steps, told, loss)
-    _draw_rates(panels[1], steps, told)
-    _draw_errors(panels[2], steps, told)
+    steps = series.get("step", np.arange(len(series["verdict"])))
+    _draw_loss(panels[0], steps, series, loss)
+    _draw_rates(panels[1], steps, series)
+    _draw_errors(panels[2], steps, series)
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels:
@@ -112,10 +112,10 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
     return figure
 
 
-def _draw_loss(axes: Axes, steps: np.ndarray, told: History, name: str) -> None:
-    """Draws the loss; a mark for what is not finite hangs at the top."""
-    is_recorded = name in told
-    values = told[name] if is_recorded else told["avg_value"]
+def _draw_loss(axes: Axes, steps: np.ndarray, series: History, name: str) -> None:
+    """Draws the loss; marks of losses that are not finite are at the top."""
+    is_recorded = name in series
+    values = series[name] if is_recorded else series["avg_value"]
     values = np.where(np.abs(values) < 1e37, values, np.nan).astype(float)
     axes.plot(steps, values, color=_BLACK, lw=0.8)
     finite = values[np.isfinite(values)]
@@ -125,7 +125,7 @@ def _draw_loss(axes: Axes, steps: np.ndarray, told: History, name: str) -> None:
     low, high = axes.get_ylim()
     top = high**0.97 * low**0.03 if is_wide else 0.97 * high + 0.03 * low
     for verdict, (label, color, marker) in _MARKS.items():
-        chosen = told["verdict"] == verdict
+        chosen = series["verdict"] == verdict
         heights = np.where(np.isfinite(values), values, top)[chosen]
         note = f"{label} ({chosen.sum()})"
         axes.plot(
@@ -146,10 +146,10 @@ def _draw_loss(axes: Axes, steps: np.ndarray, told: History, name: str) -> None:
         axes.plot([], [], " ", label=f"at the top: not finite ({num_lost})")
 
 
-def _draw_rates(axes: Axes, steps: np.ndarray, told: History) -> None:
+def _draw_rates(axes: Axes, steps: np.ndarray, series: History) -> None:
     """Draws the factors by which the learning rate is multiplied."""
-    macro = told.get("macro_rate", np.ones(len(steps)))
-    damping = told.get("damping_factor", np.ones(len(steps)))
+    macro = series.get("macro_rate", np.ones(len(steps)))
+    damping = series.get("damping_factor", np.ones(len(steps)))
     axes.plot(
         steps, macro * damping, color=_BLACK, lw=2.4, alpha=0.35, label="both together"
     )
@@ -162,12 +162,12 @@ def _draw_rates(axes: Axes, steps: np.ndarray, told: History) -> None:
     axes.set_ylim(min(low, 0.3), max(high, 3.0))
 
 
-def _draw_errors(axes: Axes, steps: np.ndarray, told: History) -> None:
-    """Draws the errors; what is out of the panel is a triangle at its top."""
+def _draw_errors(axes: Axes, steps: np.ndarray, series: History) -> None:
+    """Draws the errors; those out of the panel are triangles at its top."""
     for name, (label, color, style) in _ERRORS.items():
-        if name not in told:
+        if name not in series:
             continue
-        error = np.asarray(told[name], float)
+        error = np.asarray(series[name], float)
         shown = np.clip(error, _BOTTOM, _TOP)
         axes.plot(steps, shown, style, color=color, lw=0.9, label=label)
         beyond = error > _TOP
@@ -190,7 +190,7 @@ def _draw_errors(axes: Axes, steps: np.ndarray, told: History) -> None:
 def layers(history: History, name: str = "update_ratio", *, group: str = "") -> Figure:
     """Draws one number of the local view as a heat map, leaves by steps.
 
-    Bright is large. Grey is 0: the step was rejected, or the leaf did not move. Of
+    Bright is large. Grey is 0: the step was rejected, or the leaf did not move. For
     ``predicted_decrease``, which has a sign, purple leaves raise the loss.
 
     Args:
@@ -261,7 +261,7 @@ def layers(history: History, name: str = "update_ratio", *, group: str = "") -> 
 
 
 def _scale(table: np.ndarray, *, is_signed: bool) -> tuple[Normalize, str]:
-    """Returns norm and colour map, spared from a few extremes."""
+    """Returns norm and colour map, robust to a few extremes."""
     sizes = np.abs(table[np.isfinite(table)])
     if not sizes.size:
         return Normalize(0.0, 1.0), "cividis"
