@@ -11,7 +11,7 @@ from jax import lax
 from ._numbers import SMALLEST
 
 # a memory that grows spans one in so many of all steps so far
-_STEPS_PER_REMEMBERED = 4
+_STEPS_PER_REMEMBERED = 2
 
 
 class MomentRule(NamedTuple):
@@ -78,9 +78,9 @@ def product_of_decays(rule: MomentRule, t: jax.Array) -> jax.Array:
     """Returns the product of the decays of all squares so far."""
     if not rule.is_growing:
         return rule.b2**t
-    # it grows between these steps, where factors (j - 4) / j cancel each other
-    first = _STEPS_PER_REMEMBERED / (1.0 - rule.b2)
-    last = _STEPS_PER_REMEMBERED / (1.0 - rule.last_b2)
+    # it grows between these steps, where factors (j - 2) / j cancel each other
+    first = jnp.floor(_STEPS_PER_REMEMBERED / (1.0 - rule.b2))
+    last = jnp.floor(_STEPS_PER_REMEMBERED / (1.0 - rule.last_b2))
     steps = jnp.clip(t, first, last)
     growing = math.prod((first - k) / (steps - k) for k in range(_STEPS_PER_REMEMBERED))
     before, after = jnp.minimum(t, first), jnp.maximum(t - last, 0.0)

@@ -77,6 +77,10 @@ def macro_level(learning_rate: optax.ScalarOrSchedule):
     )
 
 
+def flat_form(learning_rate: optax.ScalarOrSchedule):
+    return flat(learning_rate)
+
+
 class TestLalerg(contract_tests(lo.lalerg, {"learning_rate": 1e-2})):
     pass
 
@@ -93,7 +97,7 @@ class TestErrorRegulate(
 
 
 @pytest.mark.slow
-class TestFlatForm(contract_tests(flat, {"learning_rate": 1e-2})):
+class TestFlatForm(contract_tests(flat_form, {"learning_rate": 1e-2})):
     pass
 
 

@@ -115,7 +115,7 @@ class MicroRate:
             self.num_micro_held += 1
             return np.zeros_like(params)
         self.micro_count += 1
-        decay = min(max(self.b2, 1 - 4 / self.micro_count), self.last_b2)
+        decay = min(max(self.b2, 1 - 2 / self.micro_count), self.last_b2)
         weight = 1.0 if decay == 1 else 1 - decay
         self.product *= decay
         self.mu = self.b1 * self.mu + (1 - self.b1) * grads

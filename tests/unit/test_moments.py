@@ -128,7 +128,7 @@ def largest(chosen, size=1):
     b1, b2 = chosen.get("b1", 0.9), chosen.get("b2", 0.99)
     share = chosen.get("gradient_share", 0.4)
     b2, last = b2 if isinstance(b2, tuple) else (b2, b2)
-    weight = 1.0 if b2 == 1 else 1.0 - min(max(b2, 1.0 - 4.0 / NUM_STEPS), last)
+    weight = 1.0 if b2 == 1 else 1.0 - min(max(b2, 1.0 - 2.0 / NUM_STEPS), last)
     mean = (1.0 - share) * (1.0 - b1) / np.sqrt(1.0 - b1**2 / b2)
     return np.sqrt(size / weight) * (mean + share)
 
@@ -181,14 +181,14 @@ def test_a_first_moment_that_no_gradients_can_have_made_moves_nothing(chosen):
     assert np.all(after[jnp.array([0, 2, 3])] != 0.0)
 
 
-def test_a_pair_of_decays_averages_squares_over_a_quarter_of_all_steps():
+def test_a_pair_of_decays_averages_squares_over_half_of_all_steps():
     grads = gradients()
     tx = lo.scale_by_micro_rate(b2=(0.5, 0.9), eps=1e-6, gradient_share=1.0)
     updates, state = all_updates(tx, grads)
     g = np.asarray(grads["rows"], float)
     nu, product = np.zeros(g.shape[1:]), 1.0
     for t in range(1, NUM_STEPS + 1):
-        decay = min(max(0.5, 1.0 - 4.0 / t), 0.9)  # until t = 8, and from t = 40 on
+        decay = min(max(0.5, 1.0 - 2.0 / t), 0.9)  # until t = 4, and from t = 20 on
         product *= decay
         nu = decay * nu + (1.0 - decay) * g[t - 1] ** 2
         expected = g[t - 1] / (np.sqrt(nu / (1.0 - product)) + 1e-6)
@@ -217,7 +217,7 @@ def test_a_memory_does_not_grow_while_steps_are_held():
     state = tx.init(grads)._replace(micro_count=jnp.int32(15), nu=jnp.ones(2))
     _, held = tx.update(grads * jnp.nan, state)
     _, taken = tx.update(0.0 * grads, held)
-    np.testing.assert_allclose(taken.nu, 1.0 - 4.0 / 16.0, rtol=1e-6)
+    np.testing.assert_allclose(taken.nu, 1.0 - 2.0 / 16.0, rtol=1e-6)
 
 
 def test_decays_of_a_pair_may_be_traced():
@@ -245,7 +245,7 @@ def test_the_product_of_growing_decays_is_that_of_all_of_them(pair):
     decays = [memory(numbers, jnp.float32(t))[0] for t in (1, 10, 100, 5000)]
     assert decays == sorted(decays)
     np.testing.assert_allclose([decays[0], decays[-1]], pair, rtol=1e-6)
-    wanted = np.cumprod(np.clip(1.0 - 4.0 / steps, *pair))
+    wanted = np.cumprod(np.clip(1.0 - 2.0 / steps, *pair))
     found = jax.vmap(lambda t: product_of_decays(numbers, t))(jnp.float32(steps))
     np.testing.assert_allclose(1.0 - found, 1.0 - wanted, rtol=1e-5)
 
