@@ -16,7 +16,7 @@ from ._scalars import pack, unpack
 _OPTIONAL = (ErrorRegulateState, ScaleByMacroRateState, optax.ScaleByScheduleState)
 _ADVICE = (
     "adopt goes between optimizers with the same moments: protect the old one as it "
-    "is, error_regulate(old_optimizer), or begin anew with tx.init(params)."
+    "is, error_regulate(old_optimizer), or start again with tx.init(params)."
 )
 
 

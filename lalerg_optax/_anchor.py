@@ -67,7 +67,7 @@ def copy_params(
     kinds = sorted({m.kind for m in jax.local_devices()[0].addressable_memories()})
     if memory not in kinds:
         raise ValueError(
-            f"anchor_memory = '{memory}' is not to be had here: the memories of the "
+            f"anchor_memory = '{memory}' is not available here: the memories of the "
             f"{jax.default_backend()} backend are {kinds}. Use 'device'."
         )
     return _put(copies, memory)

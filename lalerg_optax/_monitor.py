@@ -60,7 +60,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     ======================  ========================================================
     verdict                 0 ACCEPT, 1 SKIP, 2 REVERT, 3 BOUND (int32)
     conduct                 0 HEALTHY, 1 SUSPECT, 2 RESTORING, 3 TRIAL, 4 EPISODE,
-                            5 REWINDING; see `error_regulate` (int32)
+                            5 REWINDING; see docs/reverting.md (int32)
     scaled_error            rise of the loss in units of the tolerated rise
     scaled_norm_error       the same for the logarithm of the gradient norm
     macro_rate              factor of the macro level (1 where there is none)

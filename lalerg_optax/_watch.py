@@ -105,7 +105,7 @@ class Watch:
             yield (
                 "norm",
                 f"{_of(group)}gradients with a norm that does not fit to an ordinary "
-                f"loss come again and again (up to step {step}): the skips for them "
+                f"loss recur (up to step {step}): the skips for them "
                 "are used up, and they are accepted from now on, bounded.",
             )
         if last.get("num_harmful", 0) > _MAX_HARMS:
@@ -113,7 +113,7 @@ class Watch:
                 "harm",
                 f"{_of(group)}updates did harm {int(last['num_harmful'])} times (up to "
                 f"step {step}), and were undone: look at the learning rate, and at "
-                "data that come again and again.",
+                "data that recur.",
             )
 
 

@@ -180,7 +180,7 @@ def _draw_errors(axes: Axes, steps: np.ndarray, series: History) -> None:
             clip_on=False,
             in_layout=False,
         )
-    axes.axhline(1.0, color=_RED, lw=1.2, label="above: rejected")
+    axes.axhline(1.0, color=_RED, lw=1.2, label="above: bounded or skipped")
     axes.set_yscale("symlog", linthresh=1.0, linscale=1.0)
     axes.set_ylim(_BOTTOM, _TOP)
     axes.set_yticks([-1, 0, 1, 3, 10], ["< -1", "0", "1", "3", "> 10"])
