@@ -6,20 +6,18 @@ AdamW's own rule under the regulator (`search=False`), "search" is lalerg as it 
 are told the PPO loss as `value`, or None, which leaves the gradient norm to judge by;
 at a rate that suits AdamW, and at rates 10 and 100 times higher.
 
-What one learns is mostly what not to expect (4 seeds, 1,600 gradient steps; the figures
-are from before ``Verdict.BOUND``, see the changelog, "Unreleased"):
+What one learns is mostly what not to expect (4 seeds, 1,600 gradient steps):
 
 * The loss tells little. It doubles while the agent learns its first things, because
   returns of longer episodes are harder to predict, and leaps from one rollout to the
-  next. Told the loss, the regulator skipped 0.9 to 2.6 % of the steps of runs in which
-  nothing is wrong and spent 0.3 to 0.6 % on going back; told None at most 0.3 %.
+  next. With the loss, the regulator spends 0.2 to 0.3 % of the steps of runs in which
+  nothing is wrong on going back; with None it skips or goes back at most 0.4 %.
 * At the two rates at which AdamW learns (1e-3, 1e-2) protection neither helps nor hurts
-  beyond what seeds differ by. At 1e-1 nothing learns reliably. Protected runs have the
-  higher medians there, but the ranges overlap: four seeds do not tell.
-* The search settles between 4e-3 and 3e-2 from all three rates. From 1e-3 and told None
-  its median seed is done in a third of AdamW's time, but single seeds end far below all
-  of AdamW's. From 1e-1 it ends no better than AdamW: the first steps ruin the policy,
-  and one that no longer explores gives no gradient to come back by.
+  beyond what seeds differ by. At 1e-1 nothing learns without the search.
+* The search settles between 4e-3 and 1e-2 from all three rates, and its median seed
+  learns from each. But single seeds end far below all of AdamW's: where the search
+  leaps once too far the policy no longer explores, and gives no gradient to come back
+  by.
 
 So take a rate that is known to work; if protection from NaN is wanted, pass None.
 
