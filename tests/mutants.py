@@ -10,16 +10,20 @@ cannot be noticed has to say why.
 """
 
 import argparse
+import functools
 import os
 import pathlib
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REFERENCE = "contract/test_reference.py"
+NUM_AT_A_TIME = 2
 
 
 class Mutant(NamedTuple):
@@ -141,32 +145,40 @@ def tests_of(mutant: Mutant) -> list[str]:
     return [*dict.fromkeys([*mutant.tests, *own, REFERENCE])]
 
 
-def check(mutant: Mutant, copy: pathlib.Path) -> str:
+def check(mutant: Mutant, copies: queue.Queue[pathlib.Path], cache: str) -> str:
     """Returns the test that failed with a mutant in place; "" if it survived."""
+    copy = copies.get()
     file = copy / "lalerg_optax" / f"_{mutant.file}.py"
     source = file.read_text()
     if source.count(mutant.old) != 1:
-        raise SystemExit(f"{file.name} has not just one {mutant.old!r}")
+        raise ValueError(f"{file.name} has not just one {mutant.old!r}")
     file.write_text(source.replace(mutant.old, mutant.new))
+    environment = {"PYTHONPATH": str(copy), "JAX_COMPILATION_CACHE_DIR": cache}
+    tests = [f"tests/{name}" for name in tests_of(mutant)]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
-            + [f"tests/{name}" for name in tests_of(mutant)],
+            [sys.executable, "-m", "pytest", "-x", "-n", "0", *tests],
             cwd=copy,
-            env=os.environ
-            | {
-                "PYTHONPATH": str(copy),
-                "JAX_COMPILATION_CACHE_DIR": str(copy / "compiled"),
-            },
+            env=os.environ | environment,
             capture_output=True,
             text=True,
         )
     finally:
         file.write_text(source)
+        copies.put(copy)
     if done.returncode not in (0, 1, 2):  # neither passed nor failed
-        raise SystemExit(done.stdout + done.stderr)
+        raise RuntimeError(done.stdout + done.stderr)
     failed = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
     return failed[0].partition(" - ")[0] if failed else "ended early" * done.returncode
+
+
+def copy_to(folder: pathlib.Path) -> pathlib.Path:
+    """Copies what the tests need."""
+    for name in ("lalerg_optax", "tests", "benchmarks"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
 
 
 def main() -> None:
@@ -176,17 +188,16 @@ def main() -> None:
     chosen = parser.parse_args().files
     mutants = [m for m in MUTANTS if not chosen or m.file in chosen]
     num_survivors = 0
-    with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder)
-        for name in ("lalerg_optax", "tests", "benchmarks", "pyproject.toml"):
-            here = ROOT / name
-            if here.is_dir():
-                ignore = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(here, copy / name, ignore=ignore)
-            else:
-                shutil.copy(here, copy / name)
-        for mutant in mutants:
-            failed = check(mutant, copy)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ThreadPoolExecutor(NUM_AT_A_TIME) as pool,
+    ):
+        folder = pathlib.Path(name)
+        copies: queue.Queue[pathlib.Path] = queue.Queue()
+        for i in range(NUM_AT_A_TIME):
+            copies.put(copy_to(folder / str(i)))
+        look = functools.partial(check, copies=copies, cache=str(folder / "compiled"))
+        for mutant, failed in zip(mutants, pool.map(look, mutants), strict=True):
             what = f"{mutant.file}: {mutant.old.strip()!r} -> {mutant.new.strip()!r}"
             how = f"killed by {failed}" if failed else f"survived ({mutant.why})"
             print(f"{what}\n    {how}", flush=True)
