@@ -117,6 +117,15 @@ def test_a_huge_first_loss_does_not_blind_the_judge():
     assert exceptions(verdicts_of(losses, grads)) == {300: BOUND}
 
 
+def test_losses_near_the_end_of_float32_leave_every_number_finite():
+    losses, grads = make(40)
+    losses[:] = np.where(np.arange(40) % 2, 3.3e38, -3.3e38)
+    _, report, states = judge(losses, grads)
+    assert np.all(np.isfinite(states.scalars.floats))
+    assert np.all(np.isfinite(states.history.values))
+    assert report["avg_value"][0] == np.float32(-1e37)
+
+
 def test_losses_that_are_mostly_zero_are_no_errors():
     losses = np.zeros(600, np.float32)
     losses[::40] = 1.0
