@@ -18,6 +18,7 @@ from helpers.judged import (
 )
 
 import lalerg_optax as lo
+from lalerg_optax._records import JudgeRule
 
 
 def test_gradient_norm_is_judged_before_clipping():
@@ -115,6 +116,15 @@ def test_a_huge_first_loss_does_not_blind_the_judge():
     losses[:3] = 1e6, 1e5, 1e3
     losses[300] = 3.0
     assert exceptions(verdicts_of(losses, grads)) == {300: BOUND}
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.8, ACCEPT), (1.2, BOUND)])
+def test_what_is_little_of_the_progress_so_far_is_no_error(share, verdict):
+    losses, grads = make(300, noise=1e-4)  # with hardly any noise
+    losses[:20] += 9.0
+    fraction = JudgeRule().progress_fraction
+    losses[280] = np.median(losses[200:]) + share * fraction * (losses[:16].min() - 1.0)
+    assert verdicts_of(losses, grads, SLOW)[280] == verdict
 
 
 def test_losses_near_the_end_of_float32_leave_every_number_finite():
