@@ -30,17 +30,19 @@ def regulated():
     return lo.error_regulate(lo.scale_by_macro_rate(), audit=True)
 
 
-def run_looks(cosines, num_before=5, reach=1e-3):
+def run_looks(cosines, num_before=5, reach=1e-3, last_reach=None):
     """Steps away from the anchor, then looks back with gradients of these cosines."""
     tx = regulated()
     update = jax.jit(tx.update)
     start = jnp.array([1.0, 0.0])
-    there = start + jnp.array([0.0, reach])
+    reaches = [reach] * len(cosines)
+    reaches[-1] = reach if last_reach is None else last_reach
     state = tx.init(start)
     for _ in range(num_before - 3):
         _, state = update(jnp.array([1.0, 0.0]), state, start, value=1.0)
-    for cosine in cosines:
+    for cosine, reach in zip(cosines, reaches, strict=True):
         grads = -jnp.array([np.sqrt(1.0 - cosine**2), cosine], jnp.float32)
+        there = start + jnp.array([0.0, reach])
         _, state = update(grads, state, there, value=1.0)
     return state
 
@@ -86,6 +88,12 @@ def test_a_start_that_leads_far_from_the_params_goes_back_whatever_it_saw():
     state = run_looks([0.9], reach=10.0)
     assert state.verdict == Verdict.REVERT
     np.testing.assert_allclose(state.inner_state.macro_rate, 1e-4, rtol=1e-3)
+
+
+def test_a_start_that_is_far_at_the_last_look_does_not_move_the_anchor_there():
+    state = run_looks([0.5, 0.6, 0.55, 0.45], last_reach=0.02)
+    assert state.verdict == Verdict.REVERT
+    np.testing.assert_array_equal(state.anchor, [1.0, 0.0])
 
 
 def test_without_a_level_that_lowers_the_rate_a_start_is_not_repeated_for_ever():
