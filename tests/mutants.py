@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REFERENCE = "contract/test_reference.py"
+MOMENTS = "unit/test_moments.py"
 NUM_AT_A_TIME = 2
 
 
@@ -122,10 +123,10 @@ MUTANTS = (
         "view(kind)\n    return lax",
         "view(kind)\n    infinity += 1\n    return lax",
     ),
-    Mutant("micro", "jnp.where(is_impossible, 0, u)", "u"),
+    Mutant("micro", "jnp.where(is_impossible, 0, u)", "u", (MOMENTS,)),
     Mutant("micro", "jnp.where(is_open, b1, 1.0)", "b1"),
     Mutant("micro", "jnp.where(verdict == Verdict.REVERT, 0.0, keep1)", "keep1"),
-    Mutant("micro", "is_kept &= ~is_restart", "is_kept &= True"),
+    Mutant("micro", "is_kept &= ~is_restart", "is_kept &= True", (MOMENTS,)),
     # act, apply and inner: what is done to trees
     Mutant("act", "jnp.where(is_open, g, 0)", "g"),
     Mutant("act", "jnp.where(is_safe, step, jnp.zeros((), p.dtype))", "step"),
