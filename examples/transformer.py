@@ -187,13 +187,13 @@ def main() -> None:
     parser.add_argument("--devices", type=int, help="on a CPU: pretend to have so many")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--out", default="transformer.png", help="file of the figure")
-    parser.add_argument("--quick", action="store_true", help="lalerg alone, 40 steps")
+    parser.add_argument("--quick", action="store_true", help="lalerg alone, 80 steps")
     args = parser.parse_args()
     if args.devices:  # before anything has asked for a device
         jax.config.update("jax_num_cpu_devices", args.devices)
     if BATCH_SIZE % jax.device_count():
         parser.error(f"the devices have to divide a batch of {BATCH_SIZE}")
-    num_steps = 40 if args.quick else args.steps
+    num_steps = 80 if args.quick else args.steps
 
     letters, codes = np.unique(list(load_text()), return_inverse=True)
     codes, held_out = np.split(codes.astype(np.int32), [len(codes) * 19 // 20])
