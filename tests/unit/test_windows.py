@@ -6,7 +6,13 @@ import pytest
 
 from lalerg_optax._scalars import pack, unpack
 from lalerg_optax._search_rule import MacroScalars, Phase, SearchRule
-from lalerg_optax._windows import compare, observe, start_window, variance_of_mean
+from lalerg_optax._windows import (
+    compare,
+    observe,
+    start_loss,
+    start_window,
+    variance_of_mean,
+)
 
 
 def window(losses, **known):
@@ -84,3 +90,25 @@ def test_without_a_loss_a_window_says_nothing():
     known = {"best_window_mean": 1.0, "first_window_mean": 9.0}
     seen = compare(window([5.0] * 8, **known), SearchRule(), has_value=False)
     assert not (seen.is_best | seen.is_worse | seen.is_undone | seen.is_flat)
+
+
+@pytest.mark.parametrize(
+    ("num_losses", "known", "is_noted"),
+    [
+        (8, {"num_windows": 0}, True),
+        (7, {"num_windows": 0}, False),
+        (9, {"num_windows": 0}, False),
+        (8, {"num_windows": 1}, False),
+        (8, {"num_windows": 0, "start_loss": 5.0}, False),
+    ],
+    ids=["due", "too few", "too late", "after a window", "known"],
+)
+def test_where_a_run_begins_is_noted_after_its_first_eight_losses(
+    num_losses, known, is_noted
+):
+    losses = np.arange(1.0, num_losses + 1.0)
+    state = window(losses, num_macro_steps=0, **known)
+    found = start_loss(state, state, SearchRule())
+    error = np.std(losses, ddof=1) / num_losses**0.5
+    wanted = np.mean(losses) - error if is_noted else state.start_loss
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
