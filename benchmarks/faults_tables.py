@@ -145,22 +145,23 @@ def small_table(results: Runs) -> list[str]:
     if not names:
         return ["Not measured yet.", ""]
     lines = []
+    # those that all have: a row compares what was run on the same tasks
+    common = [t for t in SMALL_BATCHES if all(results.has(t, n) for n in names)]
     for title, part in (("chosen on", slice(0, 6)), ("held back", slice(6, None))):
         for size in (1, 8):
             tasks = [
                 task
                 for task in tuple(SMALL_BATCHES)[part]
-                if SMALL_BATCHES[task][1] == size
-                and all(results.has(task, name) for name in names)
+                if SMALL_BATCHES[task][1] == size and task in common
             ]
             cells = [share(results.select(n, tasks=tasks)) for n in names]
             told = ", ".join(SMALL_BATCHES[task][0] for task in tasks)
             if tasks:
                 lines.append([f"batch size {size}, tasks {title}: {told}", *cells])
     for family in FAMILIES:
-        cells = [share(results.select(n, family, tasks=SMALL_BATCHES)) for n in names]
+        cells = [share(results.select(n, family, tasks=common)) for n in names]
         lines.append([family, *cells])
-    cells = [share(results.select(n, tasks=SMALL_BATCHES)) for n in names]
+    cells = [share(results.select(n, tasks=common)) for n in names]
     lines.append(["**all**", *(f"**{cell}**" for cell in cells)])
     return table(["fault", *names], lines)
 
