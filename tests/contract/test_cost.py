@@ -116,8 +116,10 @@ def test_scalars_of_a_step_are_written_by_few_kernels():
 
 @pytest.mark.parametrize(
     "tx",
-    [lo.lalerg(), lo.lalerg(local=True)],
-    ids=["lalerg", "local view"],
+    [
+        pytest.param(lo.lalerg(), id="lalerg"),
+        pytest.param(lo.lalerg(local=True), id="local view", marks=pytest.mark.slow),
+    ],
 )
 def test_a_leaf_adds_to_a_large_program_what_it_adds_to_a_small_one(tx):
     """No kernel of a leaf repeats what is computed from all of them."""

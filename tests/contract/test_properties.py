@@ -452,7 +452,10 @@ def compiled_vmap(name):
     return jax.jit(jax.vmap(functools.partial(drive, FORMS[name])))
 
 
-@forms(["lalerg", "momentum", pytest.param("flat", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lalerg", "flat")]
+
+
+@forms(["momentum", *SLOW])
 @given(batch=st.tuples(sequences(), sequences(), sequences()))
 def test_runs_side_by_side_decide_like_each_alone(name, batch):
     together = compiled_vmap(name)(*(np.stack(x) for x in zip(*batch, strict=True)))
