@@ -267,8 +267,8 @@ def report(results: Runs) -> str:
         *family_table(results),
         "## Small batches",
         "",
-        "Tasks of `noise.py` at batch sizes 1 and 8, at the rate of AdamW tuned "
-        "at that batch size.",
+        "Tasks of `noise.py` at small batch sizes that all optimizers were run on, at "
+        "the rate of AdamW tuned at that batch size.",
         "",
         *small_table(results),
         "## Fault by fault",

@@ -11,7 +11,7 @@ Both runs of lalerg have the same weights, but in the third one NaN has come int
 statistics and never leaves them. With seed 0 these end at test accuracies of 84.6, 9.9,
 10.7 and 84.1 %.
 
-The full run takes about 1.5 minutes of one x86 core (Python 3.11, JAX 0.10.2). The data
+The full run takes about 1.5 minutes of one x86 core (Python 3.12, JAX 0.12). The data
 are those of the Debian package dataset-fashion-mnist.
 
 Run with: python examples/resnet.py

@@ -11,7 +11,7 @@ there to find them. With lalerg it hardly matters which rate is given, because t
 level multiplies it by a factor that it finds; the last panel shows what comes of it. On
 test images it is right in 97.0 to 97.7 % at all rates, AdamW in 97.7 % at its best: the
 lower training loss buys nothing here. The search is bold, which costs 4 to 26 of the
-3,000 steps of a row of the table, skipped or spent on going back.
+3,000 steps of a row of the table, skipped or spent on reverts (two steps each).
 
 Run with: python examples/sweep.py
 It takes 35 seconds of processor time (x86).

@@ -76,8 +76,9 @@ def scale_by_micro_rate(
                    {\sqrt{\nu_t / c_2 + eps_{root}} + eps}
 
     A pair for ``b2`` makes the memory grow, and ``b2=1`` gives a sum. A step that is
-    not accepted leaves the moments unchanged, and an update that no gradients can have
-    made (a flipped bit) is dropped. All equations: ``docs/algorithm.md``. It equals
+    not accepted leaves the moments unchanged, except that a revert resets the first
+    one. An update that no gradients can have made (a flipped bit) is dropped. All
+    equations: ``docs/algorithm.md``. It equals
 
     ::
 

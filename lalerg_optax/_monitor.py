@@ -143,8 +143,8 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     for label, regulator in regulators.items():
         for name in _REGULATOR_FIELDS:
             report[label + name] = getattr(regulator, name)
-        # the last one may be in progress
-        report[label + "num_reverts"] = (regulator.num_revert_steps + 1) // 2
+        steps = regulator.num_revert_steps  # the last revert may be in progress
+        report[label + "num_reverts"] = steps // 2 + steps % 2
         for former, name in FORMER_NAMES.items():
             report[label + former] = report[label + name]
         if regulator.local is not None:

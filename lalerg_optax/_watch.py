@@ -104,7 +104,7 @@ class Watch:
         if last.get("skips_left", np.inf) < 1.0:
             yield (
                 "norm",
-                f"{_of(group)}gradients with a norm that does not fit to an ordinary "
+                f"{_of(group)}gradients with a norm that does not fit an ordinary "
                 f"loss recur (up to step {step}): the skips for them "
                 "are used up, and they are accepted from now on, bounded.",
             )

@@ -149,7 +149,7 @@ def _draw_loss(axes: Axes, steps: np.ndarray, series: History, name: str) -> Non
 def _draw_rates(axes: Axes, steps: np.ndarray, series: History) -> None:
     """Draws the factors by which the learning rate is multiplied."""
     macro = series.get("macro_rate", np.ones(len(steps)))
-    damping = series.get("damping_factor", np.ones(len(steps)))
+    damping = series.get("damping_factor", series.get("damping", np.ones(len(steps))))
     axes.plot(
         steps, macro * damping, color=_BLACK, lw=2.4, alpha=0.35, label="both together"
     )

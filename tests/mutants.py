@@ -148,11 +148,11 @@ def tests_of(mutant: Mutant) -> list[str]:
 
 def check(mutant: Mutant, copies: queue.Queue[pathlib.Path], cache: str) -> str:
     """Returns the test that failed with a mutant in place; "" if it survived."""
+    source = (ROOT / "lalerg_optax" / f"_{mutant.file}.py").read_text()
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"_{mutant.file}.py has not just one {mutant.old!r}")
     copy = copies.get()
     file = copy / "lalerg_optax" / f"_{mutant.file}.py"
-    source = file.read_text()
-    if source.count(mutant.old) != 1:
-        raise ValueError(f"{file.name} has not just one {mutant.old!r}")
     file.write_text(source.replace(mutant.old, mutant.new))
     environment = {"PYTHONPATH": str(copy), "JAX_COMPILATION_CACHE_DIR": cache}
     tests = [f"tests/{name}" for name in tests_of(mutant)]
@@ -170,7 +170,9 @@ def check(mutant: Mutant, copies: queue.Queue[pathlib.Path], cache: str) -> str:
     if done.returncode not in (0, 1, 2):  # neither passed nor failed
         raise RuntimeError(done.stdout + done.stderr)
     failed = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
-    return failed[0].partition(" - ")[0] if failed else "ended early" * done.returncode
+    if failed:
+        return failed[0].partition(" - ")[0]
+    return "ended early" if done.returncode else ""
 
 
 def copy_to(folder: pathlib.Path) -> pathlib.Path:
@@ -187,6 +189,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", help="modules whose mutants to check")
     chosen = parser.parse_args().files
+    if not {m.file for m in MUTANTS} >= set(chosen):
+        parser.error("there are mutants of " + ", ".join({m.file: 0 for m in MUTANTS}))
     mutants = [m for m in MUTANTS if not chosen or m.file in chosen]
     num_survivors = 0
     with (

@@ -466,10 +466,8 @@ def test_runs_side_by_side_decide_like_each_alone(name, batch):
             np.testing.assert_array_equal(
                 together[key][i][clear], alone[key][clear], err_msg=key
             )
-        for key in (
-            "window",
-            "damping_factor",
-        ):  # the window of log norms has zeros in it
+        # the window of log norms has zeros in it
+        for key in ("window", "damping_factor"):
             np.testing.assert_allclose(
                 together[key][i][clear], alone[key][clear], rtol=1e-5, atol=1e-5
             )
