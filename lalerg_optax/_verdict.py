@@ -4,6 +4,7 @@ import enum
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 
 class Verdict(enum.IntEnum):
@@ -42,6 +43,13 @@ class Verdict(enum.IntEnum):
     SKIP = 1
     REVERT = 2
     BOUND = 3
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Verdict | None":
+        # Python 3.13 looks no member up by what has no hash
+        if isinstance(value, jax.Array | np.ndarray):
+            return cls(value.item())
+        return None
 
 
 def is_applied(verdict: jax.Array) -> jax.Array:
