@@ -534,6 +534,8 @@ def report(results: Results) -> str:
             "tries higher and higher rates, or goes back from a start that failed.",
             "",
             *training_table(results),
+            "## Every alarm",
+            "",
             "What the optimizers objected to, in the order of the table, but for the "
             "second steps of reverts and the failed starts that an audit told:",
             "",

@@ -89,12 +89,11 @@ def _leap(
         rho * _log2(rule.growth_factor),
     )
     octaves = jnp.where(is_found, 0.0, octaves)
-    is_ended = (is_bad & is_begun & is_known) | is_found
-    is_ended |= is_bad & (state.phase == Phase.SEARCH)
+    is_ended = (is_bad & is_begun) | is_found
     if room is not None:
         # an alignment lost in noise, or zero, does not end it while nothing rises
         is_over = loss.is_undone | loss.is_flat
-        is_early = is_ended & is_begun & ~is_over & (room >= 1.0)
+        is_early = is_ended & ~is_over & (room >= 1.0)
         octaves = jnp.where(is_begun, jnp.minimum(octaves, room), octaves)
         octaves = jnp.where(is_early, 0.5 * room, octaves)
         is_ended &= ~is_early
