@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.quick import some
 from optax import contrib
 from sklearn.datasets import load_digits
 
@@ -260,23 +261,24 @@ def assert_as_finite_as(tree, like):
 
 
 # Those that differ in kind; the others take minutes together.
-QUICK = (
+KINDS = (
     *("adafactor", "adagrad", "adam", "cocob", "dadapt_adamw", "dog", "lars"),
     *("mechanize", "momo", "muon", "polyak_sgd", "prodigy", "schedule_free_adamw"),
 )
+QUICK = ("adafactor", "adam", "mechanize", "momo", "muon", "schedule_free_adamw")
 
 
 # by module: both tests of one in turn, so that they share what is compiled
-quick = pytest.mark.parametrize("name", QUICK, scope="module")
+kinds = pytest.mark.parametrize("name", some(KINDS, *QUICK), scope="module")
 
 
-@quick
+@kinds
 def test_error_regulate_follows_an_optimizer_and_keeps_nan_out_of_it(name):
     assert_followed_and_kept_clean(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - set(QUICK)))
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - set(KINDS)))
 def test_error_regulate_follows_every_other_optimizer_too(name):
     assert_followed_and_kept_clean(name)
 
@@ -300,7 +302,7 @@ def assert_followed_and_kept_clean(name):
     assert moved["hidden"]["w"], "training does not go on"
 
 
-@quick
+@kinds
 def test_nan_at_the_first_step_keeps_no_optimizer_from_training(name):
     params, state, losses = regulated_trainer(name)(poison(nan_grads=[0]))
     chex.assert_tree_all_finite(params)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.benchmarks import benchmark
+from helpers.quick import some
 from sklearn.datasets import load_digits
 
 import lalerg_optax as lo
@@ -58,12 +59,6 @@ def assert_rare(verdicts, bounds, reverts):
     assert rate(verdicts, lo.Verdict.SKIP) == 0
     assert rate(verdicts, lo.Verdict.BOUND) <= bounds
     assert rate(verdicts, lo.Verdict.REVERT) <= reverts
-
-
-def some(names, *quick):
-    """Returns all names, those but a few as slow ones: they show the same."""
-    assert set(quick) <= set(names)
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 STEADY = {
@@ -120,7 +115,7 @@ ODD = {
     "name",
     some(
         ODD,
-        *("exponential", "1 in 20 is 1, and all others 0", "a domain of 5 %"),
+        *("1 in 20 is 1, and all others 0", "a domain of 5 %"),
         "autocorrelated over 100 steps",
     ),
 )

@@ -109,8 +109,11 @@ def test_bad_batches_early_on_do_not_end_the_search(bad_steps):
 
 @pytest.mark.parametrize(
     "micro",
-    [optax.scale_by_lion(), optax.trace(0.9), optax.scale_by_adam()],
-    ids=["lion", "momentum", "adam"],
+    [
+        pytest.param(optax.scale_by_lion(), id="lion"),
+        pytest.param(optax.trace(0.9), id="momentum", marks=pytest.mark.slow),
+        pytest.param(optax.scale_by_adam(), id="adam", marks=pytest.mark.slow),
+    ],
 )
 def test_any_second_level_trains_on_after_a_failed_start(micro):
     report = bowl(lo.lalerg(1e3, micro=micro), 1500)

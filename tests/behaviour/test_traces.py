@@ -70,10 +70,17 @@ def replay_all(quiet_norm, norm_noise, seed=0):
 
 
 # the level of the norm before the spike, and which step of it is the first outlier
-LEVELS = [(0.20, 1), (0.22, 1), (0.242, 2), (0.26, 2)]
+LEVELS = [
+    pytest.param(0.20, 1, marks=pytest.mark.slow),
+    (0.22, 1),
+    (0.242, 2),
+    pytest.param(0.26, 2, marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("norm_noise", [0.05, 0.1])
+@pytest.mark.parametrize(
+    "norm_noise", [pytest.param(0.05, marks=pytest.mark.slow), 0.1]
+)
 @pytest.mark.parametrize(("level", "first"), LEVELS)
 def test_bloom_spike_is_held_off_by_its_norms_and_undone_as_the_loss_jumps(
     level, first, norm_noise

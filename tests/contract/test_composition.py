@@ -12,6 +12,7 @@ import pytest
 from helpers import drive
 from helpers.forms import flat
 from helpers.judged import NAMES
+from helpers.quick import some
 from helpers.trees import TREES, like, types
 
 import lalerg_optax as lo
@@ -468,7 +469,14 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize(
+    "chain",
+    some(
+        CHAINS,
+        *("clip before", "scale after", "add_noise", "plateau", "named_chain"),
+        *("twice regulated", "apply_if_finite", "MultiSteps", "mechanize"),
+    ),
+)
 def test_chained_with_anything_the_loss_falls(chain):
     tx = CHAINS[chain](lo.lalerg(0.02, search=False))
     params = {"w": jnp.array([2.0, -1.0])}

@@ -16,6 +16,7 @@ import optax
 import pytest
 from helpers import reference
 from helpers.forms import flat
+from helpers.quick import some
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
@@ -174,8 +175,18 @@ def seen_by(name, sequence, is_exact=True):
     return jax.tree.map(np.asarray, compiled(name, is_exact)(*sequence))
 
 
-@forms(FORMS)
-@pytest.mark.parametrize("is_exact", [True, False], ids=["lo", "optax"])
+WAYS = [  # what applies updates, and to what form
+    pytest.param(name, is_exact, id=f"{way}-{name}", marks=marks)
+    for way, is_exact, quick in (
+        ("lo", True, ("lalerg", "flat")),
+        ("optax", False, ("lalerg, far too bold", "momentum")),
+    )
+    for name in FORMS
+    for marks in [[] if name in quick else [pytest.mark.slow]]
+]
+
+
+@pytest.mark.parametrize(("name", "is_exact"), WAYS)
 @given(sequence=sequences())
 def test_params_updates_and_state_stay_finite(name, is_exact, sequence):
     assert np.all(seen_by(name, sequence, is_exact)["is_finite"])
@@ -452,10 +463,7 @@ def compiled_vmap(name):
     return jax.jit(jax.vmap(functools.partial(drive, FORMS[name])))
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lalerg", "flat")]
-
-
-@forms(["momentum", *SLOW])
+@forms(some(("lalerg", "momentum", "flat"), "momentum"))
 @given(batch=st.tuples(sequences(), sequences(), sequences()))
 def test_runs_side_by_side_decide_like_each_alone(name, batch):
     together = compiled_vmap(name)(*(np.stack(x) for x in zip(*batch, strict=True)))
@@ -481,7 +489,7 @@ def compiled_step(name):
     return jax.jit(FORMS[name].update)
 
 
-@forms(["lalerg", "momentum", "flat"])
+@forms(some(("lalerg", "momentum", "flat"), "lalerg"))
 @settings(max_examples=settings.default.max_examples // 4)
 @given(sequence=sequences(length=NUM_EAGER))
 def test_step_by_step_without_jit_the_verdicts_are_the_same(name, sequence):

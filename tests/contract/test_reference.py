@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import reference
+from helpers.quick import some
 from helpers.reference import ACCEPT, REVERT
 
 import lalerg_optax as lo
@@ -359,7 +360,13 @@ def assert_same(seen, expected):
         assert error[worst] <= 1.0, (key, worst, seen[key][worst], expected[key][worst])
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = (  # what is special about them is in others
+    *("lalerg with a schedule", "lalerg without search, clipped and strict"),
+    *("momentum, odd, without value", "flat, without value"),
+)
+
+
+@pytest.mark.parametrize("name", some(CASES, *(CASES.keys() - set(SLOW))))
 @pytest.mark.parametrize(
     "with_scan",
     [pytest.param(False, marks=pytest.mark.slow), True],
