@@ -146,8 +146,8 @@ def end_of(task_of, name, form, rate=None, with_faults=False):
 
 SPARSE = {"AdaGrad": 2.0, "Adam": 0.06, "Adafactor": 0.3}  # and their rates
 NAN_PROOF = "one rate a tensor"  # its bare form is our own second level
-ALWAYS_SECOND = ("AdaGrad", "RMSProp", "Adam", NAN_PROOF)  # our own
 # those that differ in kind
+ALWAYS_SECOND = ("AdaGrad", NAN_PROOF)
 ALWAYS_REGULATED = (
     *("SGD, momentum", "Adam", "Lion", "Muon", "Adafactor"),
     *("AdamW, warm-up and cosine", "schedule-free (AdamW)", "Lookahead (Adam)"),
@@ -161,14 +161,17 @@ def cases():
     assert {*ALWAYS_SECOND, *ALWAYS_REGULATED} <= set(METHODS)
     for name, method in METHODS.items():
         case = functools.partial(pytest.param, digits, name)
-        is_quick = marks(name, ALWAYS_REGULATED)
-        yield case(REGULATED, None, id=f"{name}-regulated", marks=is_quick)
+        pace = marks(name, ALWAYS_REGULATED)
+        yield case(REGULATED, None, id=f"{name}-regulated", marks=pace)
         # a schedule is no second level of its own
         if method.micro is not None and not name.startswith("AdamW, "):
-            is_quick = marks(name, ALWAYS_SECOND)
-            yield case(SECOND, None, id=f"{name}-second level", marks=is_quick)
+            pace = marks(name, ALWAYS_SECOND)
+            yield case(SECOND, None, id=f"{name}-second level", marks=pace)
     for name, rate in SPARSE.items():
-        yield pytest.param(factors, name, REGULATED, rate, id=f"{name}-sparse")
+        pace = marks(name, ("Adam",))
+        yield pytest.param(
+            *(factors, name, REGULATED, rate), id=f"{name}-sparse", marks=pace
+        )
 
 
 # by module: both tests of a case in turn, so that they share what is compiled

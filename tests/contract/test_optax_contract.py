@@ -85,6 +85,7 @@ class TestLalerg(contract_tests(lo.lalerg, {"learning_rate": 1e-2})):
     pass
 
 
+@pytest.mark.slow
 class TestErrorRegulate(
     contract_tests(
         optax.sgd,

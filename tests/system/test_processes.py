@@ -46,9 +46,8 @@ def train_joined(layout):
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
-@pytest.mark.parametrize(
-    "layout", ["data parallel", pytest.param("fully sharded", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["data parallel", "fully sharded"])
 def test_two_processes_take_the_run_of_one(layout):
     """One of them alone sees a NaN, and both skip together."""
     (losses, verdicts, rates), _ = joined_run.train(layout, batches())

@@ -23,6 +23,7 @@ from helpers.digits_run import (
     train_sharded,
 )
 from helpers.drive import Task, train
+from helpers.quick import some
 from jax.sharding import PartitionSpec
 
 import lalerg_optax as lo
@@ -178,9 +179,8 @@ def test_when_on_four_vectors_are_all_that_a_step_has_more_of():
     assert len(jax.tree.leaves(on)) == len(jax.tree.leaves(off)) + 4
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_when_on_no_param_is_copied_and_an_eighth_of_the_step_is_stored(dtype):
     params = make_params(dtype, num_leaves=16)
     for make in (
@@ -198,7 +198,7 @@ def test_when_on_no_param_is_copied_and_an_eighth_of_the_step_is_stored(dtype):
         assert extra <= len(params) * leaf / 8 + rounded + 0.01 * SIDE**2
 
 
-@all_optimizers
+@pytest.mark.parametrize("name", some(OPTIMIZERS, "lalerg"))
 def test_looking_does_not_change_the_run(name):
     ends = []
     for local in (False, True):
