@@ -111,17 +111,22 @@ def look_back(
     params: PyTree,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Looks back at the anchor.
+    r"""Looks back at the anchor.
 
     Returns whether there was anything to see, the alignment, the product of the lengths
     of gradient and way, and the distance to the anchor in units of its norm (0 where
     that is 0). There is nothing to see where the gradient is zero or anything is not
     finite.
 
-    With gradient ``g``, anchor ``a`` and params ``p``, the alignment is
-    ``<g, a - p> / (|g| |a - p|)``, and 0 where the params have not moved. With mapped
-    axes products and squares are averages over devices. For gradients that are the same
-    on all of them, this changes nothing.
+    With gradient :math:`g`, anchor :math:`a` and params :math:`p`, the alignment is
+
+    .. math::
+
+        c_i = \frac{\langle g,\; a - p \rangle}{|g| \, |a - p|}
+
+    It is 0 where the params have not moved. With mapped axes products and squares are
+    averages over devices. For gradients that are the same on all of them, this changes
+    nothing.
     """
     anchor = _on_device(anchor)
     # Both ends of the way in the precision of the anchor. A step below the resolution

@@ -24,9 +24,15 @@ def assess(
     *,
     norm_is_judged: bool,
 ) -> Assessment:
-    """Compares loss and gradient norm with those before; writes nothing.
+    r"""Compares loss and gradient norm with those before; writes nothing.
 
-    The equations are in ``docs/algorithm.md``.
+    The error of the loss is that of `error_regulate`. With :math:`m^g` and :math:`s^g`
+    the median and the upper spread of the logarithms of the norm, and :math:`h` the
+    largest of them that did no harm, that of the norm is
+
+    .. math::
+
+        e_{norm} = \frac{\log |g_t| - m^g}{\max(6 s^g,\; \log 4,\; h - m^g)}
 
     Args:
       last: what is known.

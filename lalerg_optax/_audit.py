@@ -65,10 +65,16 @@ def due(
     *,
     audit: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns whether there is anything to do about the anchor.
+    r"""Returns whether there is anything to do about the anchor.
 
     Also whether it may move (0 no, 1 if looks are clear, 2 yes), and how many looks are
-    wanted before it does.
+    wanted before it does. With :math:`v` the variance of a look and :math:`\hat c` the
+    largest recent alignment, it is moved after as many accepted updates as
+
+    .. math::
+
+        \min(\max(\lfloor n_{accepted} / 8 \rfloor,\; 5,\;
+            \lfloor 5 \cdot 3 \, v / \hat c^2 \rfloor),\; 32)
     """
     shortest = jnp.maximum(last.num_accepted // 8, rule.min_anchor_every)
     shortest = jnp.minimum(shortest, rule.anchor_every)
@@ -104,7 +110,15 @@ def _summed_up(
     length: jax.Array,
     weight: jax.Array,
 ) -> Look:
-    """Returns the summary of all looks at this anchor.
+    r"""Returns the summary of all looks at this anchor.
+
+    With :math:`w_i` the weight of a look and :math:`c_i` its alignment, the alignment
+    and the variance of a single look are
+
+    .. math::
+
+        c = \frac{\sum_i w_i c_i}{\sum_i w_i}, \qquad
+        v = \frac{n^2}{n - 1} \frac{\sum_i w_i^2 (c_i - c)^2}{(\sum_i w_i)^2}
 
     It is a ratio of sums, not a mean of ratios: with one example a batch, the many
     small gradients agree with the way the params went, and the few large ones do not.

@@ -14,7 +14,19 @@ from ._verdict import Verdict
 def decide(
     last: RegulatorScalars, seen: Assessment, rule: JudgeRule, *, has_value: bool
 ) -> Decision:
-    """Decides what becomes of a step; the tables are in ``docs/algorithm.md``.
+    r"""Decides what becomes of a step; the tables are in ``docs/algorithm.md``.
+
+    The doubt about the params is
+
+    .. math::
+
+        D \leftarrow \max(0,\; D + \min(\max(e_{loss}, 0), 1) - 1/4)
+
+    and with :math:`H` the largest that was harmless, a trial of the params starts when
+
+    .. math::
+
+        D \ge \max(5/4,\; \min(2 H + 3/4,\; 3/2 \cdot patience))
 
     Args:
       last: what is known.

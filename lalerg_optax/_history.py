@@ -79,12 +79,14 @@ class LossHistory(NamedTuple):
         )
 
     def centre_and_spread(self) -> tuple[jax.Array, jax.Array]:
-        """Returns the median and the upper spread of the window.
+        r"""Returns the median and the upper spread of the window.
 
-        With the ``n`` recorded values in ascending order ``v[0] ... v[n - 1]``::
+        With the recorded values in ascending order, :math:`v_0 \ldots v_{n-1}`,
 
-            median = v[(n - 1) // 2]
-            upper_spread = (v[ceil(0.95 (n - 1))] - median) / 1.645
+        .. math::
+
+            m = v_{\lfloor (n-1)/2 \rfloor}, \qquad
+            s = \frac{v_{\lceil 0.95 (n-1) \rceil} - m}{1.645}
 
         The spread is that of the upper side, because minibatch losses are skewed to
         the right once a model fits. For normal noise it is the standard deviation.

@@ -78,10 +78,15 @@ def scale_by_macro_rate(
 
     Inside `error_regulate` with ``audit=True``, every few steps fresh gradients show
     the alignment :math:`c` with the way back to the anchor, and its standard error.
-    With :math:`c^*` the best so far and :math:`\rho = c / \max(c^*, |c|)`, the rate
-    :math:`r` leaps up. Once a leap was too far, the rate is steered to where the loss
-    rises, on the way from the anchor to the params, by as much as progress and noise
-    allow:
+    With :math:`c^*` the best so far, let
+
+    .. math::
+
+        \rho = \frac{c}{\max(c^*, |c|)}
+
+    The rate :math:`r` leaps up. Once a leap was too far, it is steered to where the
+    loss rises, on the way from the anchor to the params, by as much as progress and
+    noise allow:
 
     .. math::
 

@@ -62,7 +62,14 @@ class MomentRule(NamedTuple):
 
 
 def memory(rule: MomentRule, t: jax.Array) -> tuple[Any, Any]:
-    """Returns decay and weight of the squares at step ``t``."""
+    r"""Returns decay and weight of the squares at step ``t``.
+
+    A memory that grows is half as long as the run so far, within its limits:
+
+    .. math::
+
+        \beta_t = \min(\max(b_{2, first},\; 1 - 2 / t),\; b_{2, last})
+    """
     if rule.is_growing:
         lost = jnp.clip(_STEPS_PER_REMEMBERED / t, 1.0 - rule.last_b2, 1.0 - rule.b2)
         decay = 1.0 - lost
@@ -119,7 +126,23 @@ def is_mean_of_squares(n: jax.Array) -> jax.Array:
 
 
 def largest_update(rule: MomentRule, weight: Any) -> jax.Array:
-    """Returns the bound on an update, for one entry in its tensor.
+    r"""Returns the bound on an update, for one entry in its tensor.
+
+    By the Cauchy-Schwarz inequality, with :math:`n` the number of entries that share a
+    rate, :math:`w_t` the weight of the last square and :math:`b_2` the first decay,
+
+    .. math::
+
+        \Big|\sum_i b_1^{t-i} g_i\Big|^2
+        \le \sum_i \Big(\frac{b_1^2}{b_2}\Big)^{t-i} \sum_i b_2^{t-i} |g_i|^2
+        \le \frac{1 - (b_1^2 / b_2)^t}{1 - b_1^2 / b_2} \; \frac{n \nu_t}{w_t}
+
+    if :math:`b_1^2 < b_2`, and so (``docs/algorithm.md`` has the steps)
+
+    .. math::
+
+        |u_t| \le \sqrt{\frac{n}{w_t}} \left(
+            \frac{(1 - s) (1 - b_1)}{\sqrt{1 - b_1^2 / b_2}} + s \right)
 
     Args:
       rule: the numbers.

@@ -134,8 +134,8 @@ def error_regulate(
 
     .. math::
 
-        e = \frac{L_t - m}{\max(threshold \cdot s,\; progress\_fraction \cdot
-            (L_1 - m),\; 10^{-5} |m|)}
+        e_{loss} = \frac{L_t - m}{\max(threshold \cdot s,\;
+            progress\_fraction \cdot (L_1 - m),\; 10^{-5} |m|)}
 
     It leads to a `Verdict`: a high loss is accepted with a bounded gradient, a step
     that is not finite is skipped. If losses stay high, params go back to the anchor, a

@@ -29,7 +29,19 @@ def averaged(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalar
 
 
 def room_left(state: MacroScalars, rule: SearchRule) -> jax.Array:
-    """Returns by how many octaves the rate is too low, by the rise of the loss.
+    r"""Returns by how many octaves the rate is too low, by the rise of the loss.
+
+    With :math:`\delta` the rise and :math:`\sigma_\delta` its standard error,
+    :math:`n` of all :math:`t` steps since the last audit, :math:`\Delta` the progress
+    and :math:`s` the deviation of a loss, at least :math:`\Delta / 100` and at most
+    :math:`3 \Delta`,
+
+    .. math::
+
+        \delta^* = 0.7 \sqrt{n / t} \, \sqrt{\Delta \, s}, \qquad
+        room = \tfrac{1}{2} \log_2
+            \frac{\delta^*}{\max(\delta, 0) + \sigma_\delta / 2},
+        \qquad -4 \le room \le 2
 
     At a rate that is too high, params are beyond the lowest point of their way: the
     loss rises, by the cost of gradient noise. Some of this rise is acceptable, because

@@ -24,7 +24,18 @@ from ._windows import (
 
 
 def _estimate(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalars:
-    """Returns the alignment after one more audit (Kalman filter).
+    r"""Returns the alignment after one more audit (Kalman filter).
+
+    With :math:`c_k` and :math:`\sigma_k` alignment and standard error of the audit,
+    :math:`P` the variance of the average, and :math:`q = (\max(c^*, |c|) / 4)^2`,
+
+    .. math::
+
+        \begin{aligned}
+        G &= \frac{P + q}{P + 2 q + \sigma_k^2}, & c &\leftarrow c + G (c_k - c), \\
+        P &\leftarrow (1 - G) (P + q), &
+            \sigma^2 &\leftarrow (1 - G)^2 \sigma^2 + G^2 \sigma_k^2
+        \end{aligned}
 
     Between audits it may drift by a share of its best. The result of an audit is
     uncertain by as much, and by the noise of its looks. So without noise the average is
@@ -109,7 +120,15 @@ def _leap(
 def _steer(
     state: MacroScalars, loss: Loss, room: jax.Array | None, rule: SearchRule
 ) -> jax.Array:
-    """STEER: small steps in octaves, by what is known of the rate."""
+    r"""STEER: small steps in octaves, by what is known of the rate.
+
+    With :math:`n` the steps since the last audit and :math:`t` all accepted steps,
+
+    .. math::
+
+        w = \min(1,\; 4 n / t), \qquad
+        e = \frac{room}{\log_2 slow\_growth}, \qquad -4 \le e \le 1/2
+    """
     by_loss = jnp.where(
         loss.is_best & loss.is_gaining,
         1.0,

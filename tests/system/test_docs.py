@@ -6,6 +6,7 @@ A block of Python is a doctest. All blocks of a page share their names, in their
 import doctest
 import inspect
 import io
+import pkgutil
 import re
 import runpy
 
@@ -41,6 +42,23 @@ def test_every_block_of_a_page_prints_what_it_says(page):
     report = failures(text, page.name)
     if report:
         pytest.fail(report, pytrace=False)
+
+
+EQUATION = re.compile(r"^( *)\.\. math::\n\n((?:\1 .*\n|\n)+)", re.MULTILINE)
+INCLUDED = re.compile(r"^```\{equation\} (\S+) ?(\d*)$", re.MULTILINE)
+
+
+def test_an_equation_stands_once_and_pages_include_it():
+    sources = [path.read_text() for path in (ROOT / "lalerg_optax").glob("*.py")]
+    found = [text for source in sources for _, text in EQUATION.findall(source)]
+    assert len(found) == sum(source.count(".. math::") for source in sources) > 20
+    assert len({" ".join(text.split()) for text in found}) == len(found)
+    for page in PAGES:
+        text = page.read_text()
+        assert "$$" not in text, "an equation of its own"
+        for path, number in INCLUDED.findall(text):
+            stated = EQUATION.findall(f"{inspect.getdoc(pkgutil.resolve_name(path))}\n")
+            assert len(stated) >= int(number or 1), path
 
 
 @pytest.mark.parametrize(
