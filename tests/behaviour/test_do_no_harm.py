@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.drive import plainly, runner, values
 from helpers.quick import some
 from optax import contrib
 from sklearn.datasets import load_digits
@@ -60,29 +61,21 @@ def trainer(tx, num_steps, extra_args_of=None):
     Its arguments are factors of the loss and of the gradient at every step, and it
     returns the params of all steps, the last state, and all losses.
     """
-    tx = optax.with_extra_args_support(tx)
 
-    def step(carry, inputs):
-        params, state = carry
+    def signals_of(params, inputs):
         batch, loss_factor, grad_factor = inputs
         loss, grads = jax.value_and_grad(loss_fn)(params, batch)
         loss, grads = loss * loss_factor, optax.tree.scale(grad_factor, grads)
-        extra_args = extra_args_of(grads, batch) if extra_args_of else {}
-        updates, state = tx.update(grads, state, params, value=loss, **extra_args)
-        params = optax.apply_updates(params, updates)
-        return (params, state), (params, loss)
+        return loss, grads, extra_args_of(grads, batch) if extra_args_of else {}
 
-    @jax.jit
-    def scanned(params, factors):
-        inputs = (minibatches(num_steps), *factors)
-        carry = params, tx.init(params)
-        (_, state), (all_params, losses) = jax.lax.scan(step, carry, inputs)
-        return all_params, state, losses
+    run = runner(tx, signals_of, lambda step: (step.params, step.value), plainly)
 
     def train(factors=None):
         ones = jnp.ones(num_steps), jnp.ones(num_steps)
+        inputs = (minibatches(num_steps), *(ones if factors is None else factors))
         params = jax.tree.map(jnp.asarray, initial_params())
-        return scanned(params, ones if factors is None else factors)
+        (_, state), (all_params, losses) = run((params, tx.init(params)), inputs)
+        return all_params, state, losses
 
     return train
 
@@ -316,22 +309,14 @@ def test_error_regulate_follows_lbfgs_with_its_line_search():
     def value_fn(params):
         return loss_fn(params, batch)
 
+    def signals_of(params, _):
+        loss, grads = jax.value_and_grad(value_fn)(params)
+        return loss, grads, {"grad": grads, "value_fn": value_fn}
+
     def train(tx):
-        tx = optax.with_extra_args_support(tx)
-
-        @jax.jit
-        def scanned(params):
-            def step(carry, _):
-                params, state = carry
-                loss, grads = jax.value_and_grad(value_fn)(params)
-                updates, state = tx.update(
-                    grads, state, params, value=loss, grad=grads, value_fn=value_fn
-                )
-                return (optax.apply_updates(params, updates), state), loss
-
-            return jax.lax.scan(step, (params, tx.init(params)), length=10)
-
-        return scanned(jax.tree.map(jnp.asarray, initial_params()))
+        params = jax.tree.map(jnp.asarray, initial_params())
+        run = runner(tx, signals_of, values, plainly)
+        return run((params, tx.init(params)), jnp.arange(10))
 
     (plain, _), losses = train(optax.lbfgs())
     (ours, state), _ = train(lo.error_regulate(optax.lbfgs()))

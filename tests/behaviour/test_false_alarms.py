@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.benchmarks import benchmark
+from helpers.drive import drive, plainly, runner
 from helpers.quick import some
 from sklearn.datasets import load_digits
 
@@ -22,15 +23,9 @@ NUM_RUNS, NUM_STEPS = 50, 2000
 def judged():
     """Returns a function of losses and gradient norms, [run, step], to verdicts."""
     tx = lo.error_regulate(optax.sgd(0.0))
-    params = jnp.zeros(())
 
-    def step(state, seen):
-        loss, norm = seen
-        _, state = tx.update(norm, state, params, value=loss)
-        return state, state.verdict
-
-    def run(losses, norms):
-        return jax.lax.scan(step, tx.init(params), (losses, norms))[1]
+    def run(*signals):
+        return drive(tx, jnp.zeros(()), signals, see=lambda step: step.state.verdict)[2]
 
     return jax.jit(jax.vmap(run))
 
@@ -211,19 +206,14 @@ def perceptron(widths, num_steps=600, batch_size=64):
     def train(tx, seed):
         key = jax.random.key(seed)
 
-        def step(carry, t):
-            params, state = carry
+        def signals_of(params, t):
             batch = jax.random.fold_in(key, t)
             chosen = jax.random.randint(batch, (batch_size,), 0, len(images))
-            x, y = images[chosen], labels[chosen]
-            loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
-            updates, state = tx.update(grads, state, params, value=loss)
-            carry = optax.apply_updates(params, updates), state
-            return carry, (loss, lo.metrics(state))
+            return jax.value_and_grad(loss_fn)(params, images[chosen], labels[chosen])
 
         params = init(key)
-        steps = jnp.arange(num_steps)
-        return jax.lax.scan(step, (params, tx.init(params)), steps)[1]
+        run = runner(tx, signals_of, lambda s: (s.value, lo.metrics(s.state)), plainly)
+        return run((params, tx.init(params)), jnp.arange(num_steps))[1]
 
     return train
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import reference
+from helpers.drive import drive, stay
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
@@ -109,16 +110,8 @@ def stream(seed):
 def test_statistics_of_a_million_steps_are_those_of_the_reference():
     losses, grads = stream(0)
     tx = lo.lalerg(0.0, search=False, weight_decay=0.0)
-    params = jnp.ones(SIZE)
-
-    def step(state, inputs):
-        loss, grad = inputs
-        _, state = tx.update(grad, state, params, value=loss)
-        return state, state.verdict
-
-    state, verdicts = jax.jit(lambda *x: jax.lax.scan(step, tx.init(params), x))(
-        losses, grads
-    )
+    how = {"see": lambda step: step.state.verdict, "apply_updates": stay}
+    _, state, verdicts = drive(tx, jnp.ones(SIZE), (losses, grads), **how)
     expected = reference.lalerg(
         0.0, search=False, weight_decay=0.0, params=np.ones(SIZE)
     )
@@ -165,13 +158,9 @@ def test_windows_of_a_million_steps_are_those_of_the_reference():
     losses[rng.random(NUM_STEPS) < 0.01] = np.nan
     tx = lo.scale_by_macro_rate()
 
-    def step(state, loss):
-        _, state = tx.update(jnp.ones(1), state, value=loss)
-        return state, state.macro_rate
-
-    state, rates = jax.jit(lambda x: jax.lax.scan(step, tx.init(jnp.ones(1)), x))(
-        losses
-    )
+    signals = losses, jnp.ones((NUM_STEPS, 1))
+    how = {"see": lambda step: step.state.macro_rate, "apply_updates": stay}
+    _, state, rates = drive(tx, jnp.ones(1), signals, **how)
     macro = reference.MacroRate()
     one = np.ones(1)
     wanted = np.array([macro.update(one, one, x)[0] for x in losses.tolist()])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import drive
 from helpers.benchmarks import benchmark
 from optax import contrib
 from sklearn.datasets import load_digits
@@ -346,11 +347,6 @@ def test_sam_that_drops_what_it_does_not_know_can_be_protected():
     )
     tx, params = lo.error_regulate(inner), jnp.array([1.0, -2.0])
 
-    def step(carry, _):
-        params, state = carry
-        loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
-        updates, state = tx.update(grads, state, params, value=loss)
-        return (optax.apply_updates(params, updates), state), loss
-
-    _, losses = jax.lax.scan(step, (params, tx.init(params)), length=60)
+    task = drive.Task(params, drive.square, jnp.zeros(60))
+    losses = drive.train(tx, task, see=drive.values)[2]
     assert losses[-1] < 0.05 * losses[0]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.drive import drive
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
@@ -39,22 +40,16 @@ def trace(quiet_norm, norm_noise, seed, phase):
     return losses.astype(np.float32), norms.astype(np.float32)
 
 
+def told(step):
+    return lo.metrics(step.state) | {"before": step.before, "after": step.params}
+
+
 @jax.jit
 @jax.vmap
 def replay(losses, norms):
     tx = lo.error_regulate(optax.sgd(1e-3))
-
-    def step(carry, inputs):
-        before, state = carry
-        loss, norm = inputs
-        grads = norm * jnp.array([0.6, 0.0, 0.8])
-        updates, state = tx.update(grads, state, before, value=loss)
-        params = lo.apply_updates(before, updates, state)
-        report = lo.metrics(state)
-        return (params, state), report | {"before": before, "after": params}
-
-    params = jnp.ones(3)
-    return jax.lax.scan(step, (params, tx.init(params)), (losses, norms))[1]
+    grads = norms[:, None] * jnp.array([[0.6, 0.0, 0.8]])
+    return drive(tx, jnp.ones(3), (losses, grads), see=told)[2]
 
 
 @functools.cache

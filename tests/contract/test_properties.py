@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import reference
+from helpers.drive import drive, plainly
 from helpers.forms import flat
 from helpers.quick import some
 from hypothesis import event, example, given, settings
@@ -131,44 +132,38 @@ def regulator_of(state):
     return regulator
 
 
-def drive(tx, losses, grads, is_exact=True):
+def told(step):
+    """Returns what is compared of a step."""
+    regulator = regulator_of(step.state)
+    seen = lo.metrics(step.state) | {
+        "params": as_vector(step.params),
+        "params_before": as_vector(step.before),
+        "plainly_applied": as_vector(optax.apply_updates(step.before, step.updates)),
+        "anchor": as_vector(regulator.anchor),
+        "is_finite": is_finite((step.params, step.updates, step.state)),
+        "doubt": regulator.doubt,
+        "start_value": regulator.history.start_value,
+        "window": regulator.history.values,
+    }
+    for kind, names in {
+        lo.ScaleByMacroRateState: ("num_macro_steps",),
+        lo.ScaleByMicroRateState: ("micro_count", "mu", "nu"),
+    }.items():
+        for found in find_states(step.state, kind).values():
+            seen |= {name: getattr(found, name) for name in names}
+    return seen
+
+
+def feed(tx, losses, grads, is_exact=True):
     """Feeds losses and gradients; returns what is seen at every step."""
-
-    def step(carry, inputs):
-        params, state = carry
-        loss, grad = inputs
-        updates, state = tx.update(as_tree(grad), state, params, value=loss)
-        before = params
-        if is_exact:
-            params = lo.apply_updates(params, updates, state)
-        else:
-            params = optax.apply_updates(params, updates)
-        regulator = regulator_of(state)
-        seen = lo.metrics(state) | {
-            "params": as_vector(params),
-            "params_before": as_vector(before),
-            "plainly_applied": as_vector(optax.apply_updates(before, updates)),
-            "anchor": as_vector(regulator.anchor),
-            "is_finite": is_finite((params, updates, state)),
-            "doubt": regulator.doubt,
-            "start_value": regulator.history.start_value,
-            "window": regulator.history.values,
-        }
-        for kind, names in {
-            lo.ScaleByMacroRateState: ("num_macro_steps",),
-            lo.ScaleByMicroRateState: ("micro_count", "mu", "nu"),
-        }.items():
-            for found in find_states(state, kind).values():
-                seen |= {name: getattr(found, name) for name in names}
-        return (params, state), seen
-
-    params = as_tree(jnp.asarray(START))
-    return jax.lax.scan(step, (params, tx.init(params)), (losses, grads))[1]
+    apply_updates = lo.apply_updates if is_exact else plainly
+    how = {"see": told, "apply_updates": apply_updates}
+    return drive(tx, as_tree(jnp.asarray(START)), (losses, as_tree(grads)), **how)[2]
 
 
 @functools.cache
 def compiled(name, is_exact=True):
-    return jax.jit(functools.partial(drive, FORMS[name], is_exact=is_exact))
+    return jax.jit(functools.partial(feed, FORMS[name], is_exact=is_exact))
 
 
 def seen_by(name, sequence, is_exact=True):
@@ -337,7 +332,7 @@ def test_whatever_comes_to_stay_is_accepted(level, spread, patience, seed):
 def with_hyperparameters(names):
     def run(sequence, values):
         tx = lo.error_regulate(optax.sgd(1e-3), **dict(zip(names, values, strict=True)))
-        return drive(tx, *sequence)["verdict"]
+        return feed(tx, *sequence)["verdict"]
 
     return jax.jit(run)
 
@@ -460,7 +455,7 @@ def num_clear(seen):
 
 @functools.cache
 def compiled_vmap(name):
-    return jax.jit(jax.vmap(functools.partial(drive, FORMS[name])))
+    return jax.jit(jax.vmap(functools.partial(feed, FORMS[name])))
 
 
 @pytest.mark.slow

@@ -64,7 +64,8 @@ def runner(tx, signals_of, see=everything, apply_updates=lo.apply_updates):
 
     Args:
       tx: any transformation.
-      signals_of: function of params and the inputs of a step to value and gradient.
+      signals_of: function of params and the inputs of a step to value and gradient,
+        and maybe a dict of further arguments of ``update``.
       see: function of a `Step` to what is returned of it.
       apply_updates: function of params, updates and state.
     """
@@ -73,8 +74,9 @@ def runner(tx, signals_of, see=everything, apply_updates=lo.apply_updates):
 
     def step(carry, inputs):
         before, state = carry
-        value, grads = signals_of(before, inputs)
-        updates, state = tx.update(grads, state, before, value=value)
+        value, grads, *further = signals_of(before, inputs)
+        extra_args = further[0] if further else {}
+        updates, state = tx.update(grads, state, before, value=value, **extra_args)
         params = apply_updates(before, updates, state)
         step = Step(value, grads, before, updates, params, state)
         return (params, state), see(step)

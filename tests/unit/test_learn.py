@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.drive import drive, stay
 from helpers.judged import (
     ACCEPT,
     BOUND,
@@ -73,17 +74,16 @@ def test_a_skip_comes_back_after_so_many_accepted_steps():
     grads = np.ones((num_steps, 1), np.float32)
     odd = np.array([*range(100, 220, 20), 16_400, 16_700, 16_720, 33_400])
     grads[odd] *= 1e4
-    tx = SLOW
-    params = jnp.ones(1)
-
-    def step(state, inputs):
-        loss, grad = inputs
-        _, state = tx.update(grad, state, params, value=loss)
-        return state, state.verdict
-
-    run = jax.jit(lambda: jax.lax.scan(step, tx.init(params), (losses, grads))[1])
-    seen = np.asarray(run())[odd].tolist()
-    assert seen == [*[SKIP] * 5, BOUND, BOUND, SKIP, BOUND, SKIP]
+    how = {"see": lambda step: step.state.verdict, "apply_updates": stay}
+    seen = drive(SLOW, jnp.ones(1), (losses, grads), **how)[2]
+    assert np.asarray(seen)[odd].tolist() == [
+        *[SKIP] * 5,
+        BOUND,
+        BOUND,
+        SKIP,
+        BOUND,
+        SKIP,
+    ]
 
 
 def test_the_norm_of_hard_data_that_did_no_harm_is_tolerated_from_then_on():

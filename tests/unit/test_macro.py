@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import reference
 from helpers.audits import Driver
+from helpers.drive import drive, stay
 
 import lalerg_optax as lo
 from lalerg_optax._search_rule import Phase
@@ -62,14 +63,16 @@ def test_macro_rate_alone_is_that_of_the_reference(search):
     }
     fields = ("macro_rate", "phase", "num_windows")
     tx = lo.scale_by_macro_rate(**chosen)
-    updates = jnp.ones(2)
 
-    def step(state, loss):
-        scaled, state = tx.update(updates, state, value=loss)
-        return state, (scaled[0], *(getattr(state, name) for name in fields))
+    def see(step):
+        return step.updates[0], *(getattr(step.state, name) for name in fields)
 
-    run = jax.jit(jax.vmap(lambda x: jax.lax.scan(step, tx.init(updates), x)[1]))
-    for seen, run_losses in zip(np.stack(run(losses), -1), losses, strict=True):
+    def run(losses):
+        signals = losses, jnp.ones((num_steps, 2))
+        return drive(tx, jnp.ones(2), signals, see=see, apply_updates=stay)[2]
+
+    all_seen = np.stack(jax.jit(jax.vmap(run))(losses), -1)
+    for seen, run_losses in zip(all_seen, losses, strict=True):
         macro = reference.MacroRate(**chosen)
         expected = []
         for loss in run_losses:

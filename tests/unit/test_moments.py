@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.drive import descend
+from helpers.drive import descend, drive, stay, updates_of
 from helpers.moments import NUM_STEPS, SUM, all_updates, assert_close, gradients
 
 import lalerg_optax as lo
@@ -68,14 +68,10 @@ def test_no_gradient_makes_moments_that_are_taken_for_a_hit(b1, b2):
     ours = lo.scale_by_micro_rate(b1, b2, gradient_share=0.0)
     plain = optax.scale_by_adam(b1, b2)
 
-    def updates_of(tx):
-        def step(state, g):
-            updates, state = tx.update(g, state)
-            return state, updates
-
-        return jax.lax.scan(step, tx.init(grads[0]), grads)[1]
-
-    seen, expected = updates_of(ours), updates_of(plain)
+    seen, expected = (
+        drive(tx, grads[0], (None, grads), see=updates_of, apply_updates=stay)[2]
+        for tx in (ours, plain)
+    )
     np.testing.assert_allclose(seen, expected, rtol=1e-3, atol=1e-6)
 
 
