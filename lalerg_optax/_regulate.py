@@ -35,7 +35,7 @@ from ._records import (
 )
 from ._scalars import Scalars, pack, read, unpack
 from ._sums import global_norm
-from ._verdict import Audit, Verdict, is_applied
+from ._verdict import Audit, Harm, Verdict, is_applied
 
 
 class ErrorRegulateState(NamedTuple):
@@ -102,10 +102,12 @@ def _report(
         reach=look.reach,
         is_restart=decision.is_new_revert & ~is_started,
     )
+    # non-finite steps alone say nothing about a rate that did well
+    is_harmful = decision.is_harmful & ((last.peak_doubt > 0.0) | ~is_started)
+    is_again = (last.num_harmful > 0) & (last.damping_factor >= 1.0)
     return {
         "verdict": verdict,
-        # non-finite steps alone say nothing about a rate that did well
-        "is_harmful": decision.is_harmful & ((last.peak_doubt > 0.0) | ~is_started),
+        "harm": is_harmful * jnp.where(is_again, Harm.AGAIN, Harm.ONCE),
         "audit": taken if audit else None,
     }
 
@@ -194,10 +196,10 @@ def error_regulate(
     check_anchor_dtype(anchor_dtype)
     check_anchor_memory(anchor_memory)
     is_flat = inner is None
-    if is_flat and audit:
-        raise ValueError("audit needs the gradient, which the flat form does not see.")
-    if is_flat and local:
-        raise ValueError("local needs the gradient, which the flat form does not see.")
+    for name, is_given in {"audit": audit, "local": local}.items():
+        if is_flat and is_given:
+            reason = "needs the gradient, which the flat form does not see."
+            raise ValueError(f"{name} {reason}")
     chained = as_inner(optax.identity() if is_flat else inner)
     rule = JudgeRule(
         threshold=threshold,

@@ -9,7 +9,7 @@ from ._numbers import LARGEST
 from ._rise import averaged, room_left
 from ._scalars import count_if
 from ._search_rule import MacroScalars, Phase, SearchRule
-from ._verdict import Audit
+from ._verdict import Audit, Harm
 from ._windows import (
     Loss,
     choose,
@@ -156,16 +156,24 @@ def _steer(
 
 
 @functools.partial(jax.jit, inline=True)
-def harm(state: MacroScalars, audit: Audit | None, rule: SearchRule) -> MacroScalars:
-    """Cuts the rate after harm, and more deeply before any audit was good."""
+def harmed(
+    state: MacroScalars, harm: jax.Array, audit: Audit | None, rule: SearchRule
+) -> MacroScalars:
+    """Cuts the rate after harm: deeply before any audit was good, and while it leaps.
+
+    One fault must not lower for the rest of the run what was found: for the next steps,
+    the damping does. So a rate that was found is cut only for harm that recurs.
+    """
     is_begun = state.phase >= Phase.SEARCH
-    octaves = jnp.where(is_begun, 1.0, rule.deep) * _log2(rule.backoff_factor)
+    is_cut = (state.phase == Phase.SEARCH) | (harm == Harm.AGAIN)
+    octaves = jnp.where(is_begun, is_cut, rule.deep) * _log2(rule.backoff_factor)
     if audit is not None:  # the further a start went, the deeper the cut
         nearer = _log2(rule.first_reach / jnp.maximum(audit.reach, rule.first_reach))
         octaves = jnp.where(is_begun, octaves, jnp.minimum(octaves, nearer))
     cut = _scaled(start_window(state), octaves, rule)
     phase = jnp.where(is_begun, state.phase, Phase.RESTARTED)
-    return cut._replace(phase=phase.astype(jnp.int32))
+    cut = cut._replace(phase=phase.astype(jnp.int32))
+    return choose(harm != Harm.NONE, cut, state)
 
 
 def _blind_audit(
