@@ -196,10 +196,10 @@ def error_regulate(
     check_anchor_dtype(anchor_dtype)
     check_anchor_memory(anchor_memory)
     is_flat = inner is None
-    for name, is_given in {"audit": audit, "local": local}.items():
-        if is_flat and is_given:
-            reason = "needs the gradient, which the flat form does not see."
-            raise ValueError(f"{name} {reason}")
+    if is_flat and audit:
+        raise ValueError("audit needs the gradient, which the flat form does not see.")
+    if is_flat and local:
+        raise ValueError("local needs the gradient, which the flat form does not see.")
     chained = as_inner(optax.identity() if is_flat else inner)
     rule = JudgeRule(
         threshold=threshold,
@@ -256,11 +256,7 @@ def error_regulate(
         weights = seen.weight * last.anchor_age, seen.bound
         way_back = state.anchor, params, updates, grad_norm
         anchor, look = look_and_move(
-            *when,
-            is_started,
-            *weights,
-            last,
-            *way_back,
+            *(*when, is_started, *weights, last, *way_back),
             audit=audit,
             axis_name=axis_name,
         )
