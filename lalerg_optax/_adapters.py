@@ -23,15 +23,6 @@ def without_value(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Judges by the gradient norm alone: for callers that pass no loss.
 
-    .. math::
-
-        update(g, s, p) = tx.update(g, s, p, value=None)
-
-    A NaN, an infinity and an outlier among the gradient norms are skipped and reverted
-    as usual. A loss that rises under gradients of the usual size is not seen, and a
-    macro level uses its audits only. A ``value`` that *is* passed is dropped: this
-    suits an objective that is meant to rise (one side of a GAN).
-
     Args:
       tx: an optimizer with a part of this package in it, at any depth.
 
@@ -51,6 +42,17 @@ def without_value(
       >>> _, state = tx.update(jnp.nan * params, state, params)
       >>> int(lo.metrics(state)["verdict"])
       1
+
+    Its update of a gradient :math:`g`, a state :math:`s` and params :math:`p` is
+
+    .. math::
+
+        update(g, s, p) = tx.update(g, s, p, value=None)
+
+    A NaN, an infinity and an outlier among the gradient norms are skipped and reverted
+    as usual. A loss that rises under gradients of the usual size is not seen, and a
+    macro level uses its audits only. A ``value`` that *is* passed is dropped: this
+    suits an objective that is meant to rise (one side of a GAN).
     """
     check_transformation("tx", tx)
     chained = optax.with_extra_args_support(tx)
@@ -89,23 +91,6 @@ def tracks_params(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps its own copy of the params: for callers that pass none to ``update``.
 
-    With :math:`q_1` the params that ``init`` was called with,
-
-    .. math::
-
-        u_t &= tx.update(g_t, s_t, q_t) \\
-        q_{t+1} &= q_t + u_t
-
-    The caller has to do the same, ``optax.apply_updates`` with all of :math:`u_t`, and
-    nothing else: params that are projected, replaced or averaged between two steps
-    differ from the tracked ones. Both are rounded alike where XLA adds after it has
-    rounded :math:`u_t`. Where it fuses the sum with the product before it, the two may
-    drift apart by a rounding error per step, which no later step removes. A revert then
-    leads to the anchor plus that difference: neither exact reverts nor the repair of a
-    parameter that was corrupted from outside (`apply_updates`) is available. It costs
-    one more copy of the params in memory. Params that are passed nevertheless are used,
-    and tracked from then on.
-
     Args:
       tx: an optimizer; `without_value` around it if there is no loss either.
 
@@ -127,6 +112,23 @@ def tracks_params(
       [0.512, -1.024]
       >>> bool(jnp.allclose(state.tracked_params, params))
       True
+
+    With :math:`q_1` the params that ``init`` was called with,
+
+    .. math::
+
+        u_t &= tx.update(g_t, s_t, q_t) \\
+        q_{t+1} &= q_t + u_t
+
+    The caller has to do the same, ``optax.apply_updates`` with all of :math:`u_t`, and
+    nothing else: params that are projected, replaced or averaged between two steps
+    differ from the tracked ones. Both are rounded alike where XLA adds after it has
+    rounded :math:`u_t`. Where it fuses the sum with the product before it, the two may
+    drift apart by a rounding error per step, which no later step removes. A revert then
+    leads to the anchor plus that difference: neither exact reverts nor the repair of a
+    parameter that was corrupted from outside (`apply_updates`) is available. It costs
+    one more copy of the params in memory. Params that are passed nevertheless are used,
+    and tracked from then on.
     """
     check_transformation("tx", tx)
     chained = optax.with_extra_args_support(tx)

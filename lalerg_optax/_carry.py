@@ -101,14 +101,6 @@ def value_from_gradient(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes the loss from the gradient that `carry_value` put it into.
 
-    .. math::
-
-        update((g, L), s, (p, 0)) = (tx.update(g, s, p, value=L), 0)
-
-    The slot is not a parameter: ``tx`` never sees it, and it is in no norm. Put this
-    outermost, because a transformation outside (a clip, a loss scale) would change the
-    loss with the gradients.
-
     Args:
       tx: an optimizer with a part of this package in it, at any depth.
 
@@ -128,6 +120,17 @@ def value_from_gradient(
       >>> updates, state = tx.update(grads, tx.init(carrier), carrier)
       >>> float(updates.slot), float(lo.metrics(state)["avg_value"])
       (0.0, 5.0)
+
+    With the loss :math:`L` beside the gradient :math:`g`, the state :math:`s` and the
+    params :math:`p`, its update is
+
+    .. math::
+
+        update((g, L), s, (p, 0)) = (tx.update(g, s, p, value=L), 0)
+
+    The slot is not a parameter: ``tx`` never sees it, and it is in no norm. Put this
+    outermost, because a transformation outside (a clip, a loss scale) would change the
+    loss with the gradients.
     """
     check_transformation("tx", tx)
     chained = optax.with_extra_args_support(tx)

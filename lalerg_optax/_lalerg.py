@@ -34,57 +34,25 @@ def lalerg(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Two-Level Adaptive Learning with Error-Regulated Gradient (2LALERG).
 
-    With the gradient :math:`g`, the rates :math:`\eta` (``learning_rate``),
-    :math:`r` (macro level), :math:`d` (damping) and the weight decay
-    :math:`\lambda`, an accepted step is
-
-    .. math::
-
-        p \leftarrow p - \eta \; r \; d \; (micro(g) + \lambda p)
-
-    A rejected step is dropped, or goes back to an earlier point. The optimizer is
-
-    ::
-
-        error_regulate(
-            optax.chain(
-                scale_by_micro_rate(b1, b2, eps, gradient_share=...),  # or ``micro``
-                optax.add_decayed_weights(weight_decay, mask),
-                scale_by_macro_rate(search=search, anneal=not callable(learning_rate)),
-                optax.scale_by_learning_rate(learning_rate),
-            ),
-            audit=search,
-        )
-
-    With ``search=False``, ``b2=0.999``, ``gradient_share=0`` and nothing to object to,
-    it takes the steps of ``optax.adamw``.
-
     Args:
-      learning_rate: a float, at least 0, or an Optax schedule. With ``search`` it need
-        not be right: the macro level multiplies it by a rate that it finds. A
-        schedule keeps its shape. With a float, the macro level also lowers the rate
-        when the loss stalls (``anneal``).
+      learning_rate: a float, at least 0, or an Optax schedule, which keeps its shape.
+        With ``search`` it need not be right: the rate that is found multiplies it.
       b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1); or a pair of decays, from the first of
-        which it grows to the second. See `scale_by_micro_rate`.
+      b2: decay of the second moment, in [0, 1), or a pair: see `scale_by_micro_rate`.
       eps: added to the root of the second moment, at least 0.
-      gradient_share: weight of the fresh gradient against the first moment, in [0, 1];
-        0 is Adam's rule. See `scale_by_micro_rate`.
+      gradient_share: weight of the fresh gradient, in [0, 1]; 0 is Adam's rule.
       weight_decay: decoupled weight decay, at least 0, as in ``optax.adamw``.
       mask: which parameters to decay, as in ``optax.add_decayed_weights``.
       clip_norm: if given, gradients are scaled down to this global norm.
-      micro: the second level, any Optax transformation without learning rate and
-        sign flip (``optax.scale_by_rss()``, ``optax.scale_by_lion()``, ...); by default
-        ``scale_by_micro_rate`` with ``b1``, ``b2``, ``eps`` and ``gradient_share``,
-        which are not used otherwise.
-      search: whether the macro level searches for the rate, up and down. If False, the
-        rate is the user's times the damping of the regulator.
-      threshold: see `error_regulate`.
-      anchor_every: see `error_regulate`.
-      local: see `error_regulate`; True reports the effect of a step on each leaf.
-      anchor_dtype: see `error_regulate`; ``"bfloat16"`` halves the anchor.
-      anchor_memory: see `error_regulate`.
-      axis_name: see `error_regulate`.
+      micro: another second level, without learning rate and sign flip
+        (``optax.scale_by_lion()``, ...), in place of ``b1`` to ``gradient_share``.
+      search: whether to search for the rate, up and down; if False, it is the user's.
+      threshold: see `error_regulate`, as all that follow.
+      anchor_every: accepted steps between two anchors.
+      local: whether `metrics` reports the effect of a step on each leaf.
+      anchor_dtype: of the copy of the params; ``"bfloat16"`` halves it.
+      anchor_memory: where the copy is, ``"device"`` or ``"pinned_host"``.
+      axis_name: mapped axes to average over.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the
@@ -92,28 +60,33 @@ def lalerg(
 
     Raises:
       TypeError: if ``micro`` is not a transformation or refuses extra arguments.
-      ValueError: for a hyperparameter outside its range, and for a ``micro`` whose
-        updates point against the gradient.
+      ValueError: for a hyperparameter outside its range or a ``micro`` that climbs.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> import jax, jax.numpy as jnp, lalerg_optax as lo
       >>> tx = lo.lalerg(1e-6)  # far too small, and it does not matter
       >>> params = jnp.array([1.0, -2.0])
-      >>> state = tx.init(params)
-      >>> @jax.jit
-      ... def step(params, state):
-      ...     loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
-      ...     updates, state = tx.update(grads, state, params, value=loss)
-      ...     return optax.apply_updates(params, updates), state
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for _ in range(300):
-      ...     params, state = step(params, state)
+      ...     loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+      ...     updates, state = update(grads, state, params, value=loss)
+      ...     params = lo.apply_updates(params, updates, state)
       >>> bool(jnp.all(jnp.abs(params) < 0.1))
       True
 
-    References:
-      The only public description of 2LALERG is prose; the equations are this
-      package's own. See `error_regulate`, `scale_by_macro_rate` and
-      `scale_by_micro_rate` for their sources.
+    With the gradient :math:`g`, the rates :math:`\eta` (``learning_rate``), :math:`r`
+    (macro level), :math:`d` (damping) and the weight decay :math:`\lambda`, an accepted
+    step is as below; a rejected one is dropped, or goes back to an earlier point.
+
+    .. math::
+
+        p \leftarrow p - \eta \; r \; d \; (micro(g) + \lambda p)
+
+    It is `error_regulate` with ``audit=search`` around the chain of
+    `scale_by_micro_rate`, ``optax.add_decayed_weights``, `scale_by_macro_rate` and
+    ``optax.scale_by_learning_rate``. With a float for a rate, it keeps falling
+    (``anneal``). With ``search=False``, ``b2=0.999`` and ``gradient_share=0`` it takes
+    the steps of ``optax.adamw``. The equations are this package's own.
     """
     if micro is not None:
         check_second_level("micro", micro)

@@ -76,6 +76,34 @@ def scale_by_macro_rate(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales all updates by one rate that it searches for (first level).
 
+    Args:
+      search: whether to look for the rate; if False, it is 1.
+      anneal: whether the rate keeps falling, as the run gets longer. Leave that to a
+        schedule that decays; `lalerg` sets it where there is no schedule.
+      growth_factor: largest leap of the search, at least 1.
+      slow_growth_factor: unit of the steps once the search is over, at least 1.
+      backoff_factor: cut, in (0, 1].
+      good_alignment: threshold of a good one, as a share of the best, in (0, 1).
+      audit_every: accepted steps in a window when used alone, at least 2.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the
+      keyword ``value``, a scalar loss or None. With None and without a regulator
+      the rate stays as it is. Updates keep their dtypes.
+
+    Raises:
+      ValueError: for a hyperparameter outside its range.
+
+    Example:
+      >>> import jax.numpy as jnp, lalerg_optax as lo
+      >>> tx = lo.scale_by_macro_rate(audit_every=2)
+      >>> updates = jnp.array([1.0])
+      >>> state = tx.init(updates)
+      >>> for loss in (8.0, 8.0, 8.0, 8.0, 4.0, 4.0):
+      ...     _, state = tx.update(updates, state, value=loss)
+      >>> float(state.macro_rate)
+      2.0
+
     Inside `error_regulate` with ``audit=True``, every few steps fresh gradients show
     the alignment :math:`c` with the way back to the anchor, and its standard error.
     With :math:`c^*` the best so far, let
@@ -95,34 +123,6 @@ def scale_by_macro_rate(
 
     All phases and equations: ``docs/algorithm.md``. Used alone, it compares the mean
     losses of windows. A step that is not accepted gives a zero update.
-
-    Example:
-      >>> import jax.numpy as jnp, lalerg_optax as lo
-      >>> tx = lo.scale_by_macro_rate(audit_every=2)
-      >>> updates = jnp.array([1.0])
-      >>> state = tx.init(updates)
-      >>> for loss in (8.0, 8.0, 8.0, 8.0, 4.0, 4.0):
-      ...     _, state = tx.update(updates, state, value=loss)
-      >>> float(state.macro_rate)
-      2.0
-
-    Args:
-      search: whether to look for the rate; if False, it is 1.
-      anneal: whether the rate keeps falling, as the run gets longer. Leave that to a
-        schedule that decays; `lalerg` sets it where there is no schedule.
-      growth_factor: largest leap of the search, at least 1.
-      slow_growth_factor: unit of the steps once the search is over, at least 1.
-      backoff_factor: cut, in (0, 1].
-      good_alignment: threshold of a good one, as a share of the best, in (0, 1).
-      audit_every: accepted steps in a window when used alone, at least 2.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the
-      keyword ``value``, a scalar loss or None. With None and without a regulator
-      the rate stays as it is. Updates keep their dtypes.
-
-    Raises:
-      ValueError: for a hyperparameter outside its range.
 
     References:
       The bold driver (Battiti, 1989), delta-bar-delta (Jacobs, 1988), the learning rate

@@ -65,6 +65,38 @@ def scale_by_micro_rate(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales every entry of the gradient by a rate of its own (second level).
 
+    Args:
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1), or 1 without bias correction; or a pair
+        of decays below 1, the first at most the second, between which it grows.
+      eps: added to the root, at least 0.
+      eps_root: added under the root, at least 0.
+      gradient_share: weight of the fresh gradient against the first moment, in [0, 1].
+      bias_correction: whether to divide moments by the sum of their weights.
+      initial_scale: the second moment at the start, at least 0.
+      per_tensor: whether a tensor has one rate, from the mean of its squares.
+      mu_dtype: dtype of ``mu``; by default that of the params, but at least float32.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``; ``update`` takes the optional
+      extra argument ``verdict``. Updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: for a hyperparameter outside its range, and for a sum with bias
+        correction.
+
+    Example:
+      >>> import jax.numpy as jnp, lalerg_optax as lo
+      >>> tx = lo.scale_by_micro_rate()
+      >>> params = jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jnp.array([0.5, -3.0]), state)
+      >>> [round(float(u), 3) for u in updates]
+      [1.0, -1.0]
+      >>> updates, state = tx.update(jnp.array([jnp.nan, 1.0]), state)
+      >>> bool(jnp.all(updates == 0.0)), int(state.num_micro_held)
+      (True, 1)
+
     Adam's rule with quasi-hyperbolic momentum: with :math:`g_t` the gradient, :math:`s`
     the ``gradient_share`` and :math:`c_i` the correction of the bias,
 
@@ -86,38 +118,6 @@ def scale_by_micro_rate(
         scale_by_rms(decay, eps)   # b2=decay, eps=0, eps_root=eps, gradient_share=1,
                                    # bias_correction=False
         scale_by_rss(initial, eps) # the same with b2=1, initial_scale=initial
-
-    Example:
-      >>> import jax.numpy as jnp, lalerg_optax as lo
-      >>> tx = lo.scale_by_micro_rate()
-      >>> params = jnp.array([1.0, 2.0])
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update(jnp.array([0.5, -3.0]), state)
-      >>> [round(float(u), 3) for u in updates]
-      [1.0, -1.0]
-      >>> updates, state = tx.update(jnp.array([jnp.nan, 1.0]), state)
-      >>> bool(jnp.all(updates == 0.0)), int(state.num_micro_held)
-      (True, 1)
-
-    Args:
-      b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1), or 1 without bias correction; or a pair
-        of decays below 1, the first at most the second, between which it grows.
-      eps: added to the root, at least 0.
-      eps_root: added under the root, at least 0.
-      gradient_share: weight of the fresh gradient against the first moment, in [0, 1].
-      bias_correction: whether to divide moments by the sum of their weights.
-      initial_scale: the second moment at the start, at least 0.
-      per_tensor: whether a tensor has one rate, from the mean of its squares.
-      mu_dtype: dtype of ``mu``; by default that of the params, but at least float32.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs``; ``update`` takes the optional
-      extra argument ``verdict``. Updates have the dtype of the gradients.
-
-    Raises:
-      ValueError: for a hyperparameter outside its range, and for a sum with bias
-        correction.
     """
     check_range("b1", b1, 0.0, 1.0, high_open=True)
     if bias_correction and isinstance(b2, int | float) and b2 == 1:

@@ -130,33 +130,6 @@ def error_regulate(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Judges every update by its effect on the loss, and undoes one that did harm.
 
-    The loss :math:`L_t` is compared with the median :math:`m` and the upper spread
-    :math:`s` of the last 128 losses, and with that at the start, :math:`L_1`; the
-    logarithm of the gradient norm likewise. An error above 1 exceeds the tolerance:
-
-    .. math::
-
-        e_{loss} = \frac{L_t - m}{\max(threshold \cdot s,\;
-            progress\_fraction \cdot (L_1 - m),\; 10^{-5} |m|)}
-
-    It leads to a `Verdict`: a high loss is accepted with a bounded gradient, a step
-    that is not finite is skipped. If losses stay high, params go back to the anchor, a
-    copy of healthy params. The losses there show whether params or data were at fault.
-    All equations: ``docs/algorithm.md``; nested or flat: ``docs/forms.md``.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo
-      >>> tx = lo.error_regulate(optax.sgd(0.1))
-      >>> params = jnp.array([1.0, -2.0])
-      >>> state = tx.init(params)
-      >>> loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
-      >>> updates, state = tx.update(grads, state, params, value=loss)
-      >>> [round(float(u), 3) for u in updates], int(state.verdict)
-      ([-0.2, 0.4], 0)
-      >>> updates, state = tx.update(grads, state, params, value=jnp.nan)
-      >>> bool(jnp.all(updates == 0.0)), int(state.verdict)
-      (True, 1)
-
     Args:
       inner: the transformation to protect; None for the flat form.
       threshold: tolerated rise in units of the upper spread, above 0.
@@ -184,6 +157,33 @@ def error_regulate(
         gradients that do not match the params, or another state.
       TypeError: if ``inner`` is not a transformation or refuses extra arguments,
         ``value`` is not a number, or the state is that of another transformation.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx = lo.error_regulate(optax.sgd(0.1))
+      >>> params = jnp.array([1.0, -2.0])
+      >>> state = tx.init(params)
+      >>> loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+      >>> updates, state = tx.update(grads, state, params, value=loss)
+      >>> [round(float(u), 3) for u in updates], int(state.verdict)
+      ([-0.2, 0.4], 0)
+      >>> updates, state = tx.update(grads, state, params, value=jnp.nan)
+      >>> bool(jnp.all(updates == 0.0)), int(state.verdict)
+      (True, 1)
+
+    The loss :math:`L_t` is compared with the median :math:`m` and the upper spread
+    :math:`s` of the last 128 losses, and with that at the start, :math:`L_1`; the
+    logarithm of the gradient norm likewise. An error above 1 exceeds the tolerance:
+
+    .. math::
+
+        e_{loss} = \frac{L_t - m}{\max(threshold \cdot s,\;
+            progress\_fraction \cdot (L_1 - m),\; 10^{-5} |m|)}
+
+    It leads to a `Verdict`: a high loss is accepted with a bounded gradient, a step
+    that is not finite is skipped. If losses stay high, params go back to the anchor, a
+    copy of healthy params. The losses there show whether params or data were at fault.
+    All equations: ``docs/algorithm.md``; nested or flat: ``docs/forms.md``.
     """
     check_range("threshold", threshold, 0.0, float("inf"), low_open=True)
     check_range("progress_fraction", progress_fraction, 0.0, float("inf"))

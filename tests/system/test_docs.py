@@ -15,6 +15,8 @@ import optax
 import pytest
 from helpers.paths import DOCS, ROOT
 
+import lalerg_optax as lo
+
 QUOTES = runpy.run_path(ROOT / "benchmarks" / "quotes.py")
 PAGES = sorted(DOCS.glob("*.md"))
 PAGES_WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
@@ -42,6 +44,23 @@ def test_every_block_of_a_page_prints_what_it_says(page):
     report = failures(text, page.name)
     if report:
         pytest.fail(report, pytrace=False)
+
+
+FACTORIES = (
+    *(lo.lalerg, lo.error_regulate, lo.scale_by_macro_rate, lo.scale_by_micro_rate),
+    *(lo.without_value, lo.tracks_params, lo.value_from_gradient),
+)
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.__name__)
+def test_a_docstring_begins_with_what_one_looks_up(factory):
+    lines = inspect.getdoc(factory).splitlines()
+    assert len(lines) < 60
+    assert lines[1:3] == ["", "Args:"]
+    sections = [x for x in lines if re.fullmatch(r"[A-Z][a-z]+:|\.\. math::", x)]
+    usual = ["Args:", "Returns:", "Raises:", "Example:"]
+    assert [x for x in sections if x in usual] == usual
+    assert sections[3:4] == ["Example:"], "and then how it works"
 
 
 EQUATION = re.compile(r"^( *)\.\. math::\n\n((?:\1 .*\n|\n)+)", re.MULTILINE)
