@@ -2,11 +2,10 @@
 
 import importlib
 import inspect
+import pathlib
 import pkgutil
-import re
+import sys
 from typing import Any
-
-from sphinx.directives.patches import MathDirective
 
 import lalerg_optax
 
@@ -15,7 +14,8 @@ copyright = "the lalerg_optax authors"
 release = lalerg_optax.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx-mathjax-offline"]
-extensions += ["sphinx.ext.napoleon"]
+extensions += ["sphinx.ext.napoleon", "equation"]
+sys.path.append(str(pathlib.Path(__file__).parent))  # of the last one
 exclude_patterns = ["_build"]
 templates_path: list[str] = []
 html_theme = "furo"
@@ -54,30 +54,6 @@ def public_api() -> dict[str, dict[str, Any]]:
     }
 
 
-class Equation(MathDirective):
-    """Shows an equation where a page explains it, from the docstring that states it.
-
-    Its arguments are the path of an object, and which of its equations, from 1 on.
-    """
-
-    optional_arguments = 1
-    required_arguments = 1
-    has_content = False
-
-    def run(self) -> list[Any]:
-        """Returns the equation as a node."""
-        path, number = [*self.arguments, "1"][:2]
-        self.arguments = [equations(pkgutil.resolve_name(path))[int(number) - 1]]
-        return super().run()
-
-
-def equations(obj: Any) -> list[str]:
-    """Returns the contents of the math blocks of a docstring."""
-    block = re.compile(r"^\.\. math::\n\n((?:(?: .*)?\n)+)", re.MULTILINE)
-    text = (inspect.getdoc(obj) or "") + "\n"
-    return [inspect.cleandoc(lines) for lines in block.findall(text)]
-
-
 def write_api(app: Any, docname: str, source: list[str]) -> None:
     """Appends all public names to the page api."""
     if docname != "api":
@@ -100,7 +76,6 @@ def skip_fields(app: Any, what: str, name: str, obj: Any, skip: bool, _: Any) ->
 
 
 def setup(app: Any) -> None:
-    """Connects what is above to the build."""
-    app.add_directive("equation", Equation)
+    """Connects the two functions above to the build."""
     app.connect("source-read", write_api)
     app.connect("autodoc-skip-member", skip_fields)
