@@ -1,4 +1,4 @@
-"""The figures that README and documentation quote are those of the stored results.
+"""What README and documentation quote is what is stored, and what docstrings state.
 
 A quote is a comment with a template, what it comes to, and a comment that ends it:
 
@@ -10,11 +10,18 @@ its heading or number, and which of the parts of the cell, if these have a " / "
 ``{methods/Methods}`` is a whole table, ``{headline}`` that of this name in
 ``tables.md``.
 
+An equation stands in the docstring of the function that computes it. Where a page
+explains it, it is quoted from there by the path of the function, and which one it is:
+
+    <!--equation lalerg_optax._decide.decide 2--> ... <!--/equation-->
+
     python benchmarks/quotes.py          # writes all quotes anew
     python benchmarks/quotes.py --check  # fails where one is not what is stored
 """
 
 import argparse
+import inspect
+import pkgutil
 import re
 import sys
 from functools import cache
@@ -30,6 +37,8 @@ PAGES = (
 )
 QUOTE = re.compile(r"<!--quote (.*?)-->(.*?)<!--/quote-->", re.DOTALL)
 CELL = re.compile(r"\{([^{}]+)\}")
+EQUATION = re.compile(r"<!--equation (\S+) (\d)-->.*?<!--/equation-->", re.DOTALL)
+MATH = re.compile(r"^\.\. math::\n\n((?:(?: .*)?\n)+)", re.MULTILINE)
 
 
 def cells_of(line: str) -> list[str]:
@@ -92,13 +101,24 @@ def filled(template: str, results: Path = RESULTS) -> str:
     return CELL.sub(told, template)
 
 
+def equation(path: str, number: int) -> str:
+    """Returns an equation of a docstring, from 1 on."""
+    stated = MATH.findall(f"{inspect.getdoc(pkgutil.resolve_name(path))}\n")
+    return inspect.cleandoc(stated[number - 1])
+
+
 def quoted(text: str, results: Path = RESULTS) -> str:
     """Returns a page with all its quotes as they are stored."""
 
     def written(quote: re.Match[str]) -> str:
         return f"<!--quote {quote[1]}-->{filled(quote[1], results)}<!--/quote-->"
 
-    return QUOTE.sub(written, text)
+    def stated(place: re.Match[str]) -> str:
+        path, number = place[1], int(place[2])
+        lines = f"\n\n$$\n{equation(path, number)}\n$$\n\n"
+        return f"<!--equation {path} {number}-->{lines}<!--/equation-->"
+
+    return EQUATION.sub(stated, QUOTE.sub(written, text))
 
 
 def main() -> None:

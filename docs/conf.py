@@ -2,9 +2,7 @@
 
 import importlib
 import inspect
-import pathlib
 import pkgutil
-import sys
 from typing import Any
 
 import lalerg_optax
@@ -14,8 +12,7 @@ copyright = "the lalerg_optax authors"
 release = lalerg_optax.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx-mathjax-offline"]
-extensions += ["sphinx.ext.napoleon", "equation"]
-sys.path.append(str(pathlib.Path(__file__).parent))  # of the last one
+extensions += ["sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 templates_path: list[str] = []
 html_theme = "furo"

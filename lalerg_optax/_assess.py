@@ -28,11 +28,13 @@ def assess(
 
     The error of the loss is that of `error_regulate`. With :math:`m^g` and :math:`s^g`
     the median and the upper spread of the logarithms of the norm, and :math:`h` the
-    largest of them that did no harm, that of the norm is
+    largest of a bounded step that did no harm, that of the norm is as below; until 16
+    norms are known, with twice the logarithm of 4.
 
     .. math::
 
-        e_{norm} = \frac{\log |g_t| - m^g}{\max(6 s^g,\; \log 4,\; h - m^g)}
+        e_{norm} = \frac{\log |g_t| - m^g}{\max(threshold \cdot s^g,\;
+            \log 4,\; h - m^g)}
 
     Args:
       last: what is known.

@@ -69,7 +69,8 @@ def due(
 
     Also whether it may move (0 no, 1 if looks are clear, 2 yes), and how many looks are
     wanted before it does. With :math:`v` the variance of a look and :math:`\hat c` the
-    largest recent alignment, it is moved after as many accepted updates as
+    largest recent alignment, it may move after as many accepted updates as below. The
+    last term exists only with ``audit``, and 32 stands for ``anchor_every``.
 
     .. math::
 

@@ -12,7 +12,7 @@ from ._checks import check_transformation
 from ._micro import ScaleByMicroRateState
 from ._verdict import Audit
 
-_OWN_EXTRA_ARGS = ("verdict", "audit", "harm")
+_OWN_EXTRA_ARGS = ("verdict", "audit", "is_harmful")
 
 
 def as_inner(inner: optax.GradientTransformation) -> Any:

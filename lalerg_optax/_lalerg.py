@@ -84,9 +84,9 @@ def lalerg(
 
     It is `error_regulate` with ``audit=search`` around the chain of
     `scale_by_micro_rate`, ``optax.add_decayed_weights``, `scale_by_macro_rate` and
-    ``optax.scale_by_learning_rate``. With a float for a rate, it keeps falling
-    (``anneal``). With ``search=False``, ``b2=0.999`` and ``gradient_share=0`` it takes
-    the steps of ``optax.adamw``. The equations are this package's own.
+    ``optax.scale_by_learning_rate``. Without a schedule, :math:`r` keeps falling
+    (``anneal``). With ``search=False``, ``b2=0.999``, ``gradient_share=0`` and nothing
+    to object to, it takes the steps of ``optax.adamw``. All equations are our own.
     """
     if micro is not None:
         check_second_level("micro", micro)

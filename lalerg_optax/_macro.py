@@ -9,7 +9,7 @@ import optax
 from ._checks import MISSING, as_loss, check_range, check_state_type
 from ._gate import open_gate
 from ._scalars import Scalars, count_if, pack, read, unpack
-from ._search import harmed, step
+from ._search import harm, step
 from ._search_rule import MacroScalars, Phase, SearchRule
 from ._verdict import Audit
 from ._windows import choose, observe
@@ -159,7 +159,7 @@ def scale_by_macro_rate(
         value: jax.typing.ArrayLike | None = MISSING,
         verdict: jax.Array | None = None,
         audit: Audit | None = None,
-        harm: jax.Array | None = None,
+        is_harmful: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByMacroRateState]:
         del params, extra_args
@@ -174,8 +174,8 @@ def scale_by_macro_rate(
             is_begun = last.num_macro_steps > 0
             phase = jnp.where(is_begun, last.phase, Phase.START).astype(jnp.int32)
             last = last._replace(phase=phase)
-            if harm is not None:
-                last = harmed(last, harm, audit, rule)
+            if is_harmful is not None:
+                last = choose(is_harmful, harm(last, audit, rule), last)
             seen = observe(last, None if value is None else loss)
             taken = step(seen, audit, rule, has_value=value is not None)
             known = choose(is_open, taken, last)

@@ -98,14 +98,14 @@ def scale_by_micro_rate(
       (True, 1)
 
     Adam's rule with quasi-hyperbolic momentum: with :math:`g_t` the gradient, :math:`s`
-    the ``gradient_share`` and :math:`c_i` the correction of the bias,
+    the ``gradient_share`` and :math:`\gamma_i` the correction of the bias,
 
     .. math::
 
         \mu_t = b_1 \mu_{t-1} + (1 - b_1) g_t, \quad
         \nu_t = b_2 \nu_{t-1} + (1 - b_2) |g_t|^2, \quad
-        u_t = \frac{(1 - s) \, \mu_t / c_1 + s \, g_t}
-                   {\sqrt{\nu_t / c_2 + eps_{root}} + eps}
+        u_t = \frac{(1 - s) \, \mu_t / \gamma_1 + s \, g_t}
+                   {\sqrt{\nu_t / \gamma_2 + eps_{root}} + eps}
 
     A pair for ``b2`` makes the memory grow, and ``b2=1`` gives a sum. A step that is
     not accepted leaves the moments unchanged, except that a revert resets the first

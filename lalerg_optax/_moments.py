@@ -126,10 +126,11 @@ def is_mean_of_squares(n: jax.Array) -> jax.Array:
 
 
 def largest_update(rule: MomentRule, weight: Any) -> jax.Array:
-    r"""Returns the bound on an update, for one entry in its tensor.
+    r"""Returns the bound on an update :math:`u_t`, for :math:`n = 1`.
 
-    By the Cauchy-Schwarz inequality, with :math:`n` the number of entries that share a
-    rate, :math:`w_t` the weight of the last square and :math:`b_2` the first decay,
+    By the Cauchy-Schwarz inequality, with :math:`g_i` the gradients, :math:`n` the
+    number of entries that share a rate, :math:`w_t` the weight of the last square,
+    :math:`s` the share of the fresh gradient and :math:`b_2` the first decay,
 
     .. math::
 

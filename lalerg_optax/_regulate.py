@@ -35,7 +35,7 @@ from ._records import (
 )
 from ._scalars import Scalars, pack, read, unpack
 from ._sums import global_norm
-from ._verdict import Audit, Harm, Verdict, is_applied
+from ._verdict import Audit, Verdict, is_applied
 
 
 class ErrorRegulateState(NamedTuple):
@@ -102,12 +102,10 @@ def _report(
         reach=look.reach,
         is_restart=decision.is_new_revert & ~is_started,
     )
-    # non-finite steps alone say nothing about a rate that did well
-    is_harmful = decision.is_harmful & ((last.peak_doubt > 0.0) | ~is_started)
-    is_again = (last.num_harmful > 0) & (last.damping_factor >= 1.0)
     return {
         "verdict": verdict,
-        "harm": is_harmful * jnp.where(is_again, Harm.AGAIN, Harm.ONCE),
+        # non-finite steps alone say nothing about a rate that did well
+        "is_harmful": decision.is_harmful & ((last.peak_doubt > 0.0) | ~is_started),
         "audit": taken if audit else None,
     }
 
@@ -256,7 +254,11 @@ def error_regulate(
         weights = seen.weight * last.anchor_age, seen.bound
         way_back = state.anchor, params, updates, grad_norm
         anchor, look = look_and_move(
-            *(*when, is_started, *weights, last, *way_back),
+            *when,
+            is_started,
+            *weights,
+            last,
+            *way_back,
             audit=audit,
             axis_name=axis_name,
         )

@@ -34,7 +34,7 @@ def room_left(state: MacroScalars, rule: SearchRule) -> jax.Array:
     With :math:`\delta` the rise and :math:`\sigma_\delta` its standard error,
     :math:`n` of all :math:`t` steps since the last audit, :math:`\Delta` the progress
     and :math:`s` the deviation of a loss, at least :math:`\Delta / 100` and at most
-    :math:`3 \Delta`,
+    :math:`3 \Delta`, with a schedule (``docs/algorithm.md`` has the other case)
 
     .. math::
 

@@ -9,7 +9,7 @@ from ._numbers import LARGEST
 from ._rise import averaged, room_left
 from ._scalars import count_if
 from ._search_rule import MacroScalars, Phase, SearchRule
-from ._verdict import Audit, Harm
+from ._verdict import Audit
 from ._windows import (
     Loss,
     choose,
@@ -26,8 +26,9 @@ from ._windows import (
 def _estimate(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalars:
     r"""Returns the alignment after one more audit (Kalman filter).
 
-    With :math:`c_k` and :math:`\sigma_k` alignment and standard error of the audit,
-    :math:`P` the variance of the average, and :math:`q = (\max(c^*, |c|) / 4)^2`,
+    With :math:`c` and :math:`\sigma` the average and its standard error, :math:`c^*`
+    the best so far, :math:`c_k` and :math:`\sigma_k` those of the audit, :math:`P` the
+    variance of the average, and :math:`q = (\max(c^*, |c|) / 4)^2`,
 
     .. math::
 
@@ -122,7 +123,8 @@ def _steer(
 ) -> jax.Array:
     r"""STEER: small steps in octaves, by what is known of the rate.
 
-    With :math:`n` the steps since the last audit and :math:`t` all accepted steps,
+    With :math:`n` the steps since the last audit, :math:`t` all accepted steps and
+    :math:`room` that of `room_left` (without a loss, the alignment takes its place),
 
     .. math::
 
@@ -156,24 +158,16 @@ def _steer(
 
 
 @functools.partial(jax.jit, inline=True)
-def harmed(
-    state: MacroScalars, harm: jax.Array, audit: Audit | None, rule: SearchRule
-) -> MacroScalars:
-    """Cuts the rate after harm: deeply before any audit was good, and while it leaps.
-
-    One fault must not lower for the rest of the run what was found: for the next steps,
-    the damping does. So a rate that was found is cut only for harm that recurs.
-    """
+def harm(state: MacroScalars, audit: Audit | None, rule: SearchRule) -> MacroScalars:
+    """Cuts the rate after harm, and more deeply before any audit was good."""
     is_begun = state.phase >= Phase.SEARCH
-    is_cut = (state.phase == Phase.SEARCH) | (harm == Harm.AGAIN)
-    octaves = jnp.where(is_begun, is_cut, rule.deep) * _log2(rule.backoff_factor)
+    octaves = jnp.where(is_begun, 1.0, rule.deep) * _log2(rule.backoff_factor)
     if audit is not None:  # the further a start went, the deeper the cut
         nearer = _log2(rule.first_reach / jnp.maximum(audit.reach, rule.first_reach))
         octaves = jnp.where(is_begun, octaves, jnp.minimum(octaves, nearer))
     cut = _scaled(start_window(state), octaves, rule)
     phase = jnp.where(is_begun, state.phase, Phase.RESTARTED)
-    cut = cut._replace(phase=phase.astype(jnp.int32))
-    return choose(harm != Harm.NONE, cut, state)
+    return cut._replace(phase=phase.astype(jnp.int32))
 
 
 def _blind_audit(

@@ -1,4 +1,4 @@
-"""Verdict, harm and audit: what the regulator passes to its links."""
+"""Verdict and audit: what the regulator passes to its links."""
 
 import enum
 from typing import NamedTuple
@@ -55,21 +55,6 @@ class Verdict(enum.IntEnum):
 def is_applied(verdict: jax.Array) -> jax.Array:
     """Returns whether the update of a step is applied."""
     return (verdict == Verdict.ACCEPT) | (verdict == Verdict.BOUND)
-
-
-class Harm(enum.IntEnum):
-    """What going back showed of the updates since the anchor.
-
-    Attributes:
-      NONE: nothing, or that they did no harm.
-      ONCE: they did harm; so far the damping is the answer to it.
-      AGAIN: they did, and an earlier harm had been made good by then: it was not one
-        fault, and the rate may be too high.
-    """
-
-    NONE = 0
-    ONCE = 1
-    AGAIN = 2
 
 
 class Audit(NamedTuple):

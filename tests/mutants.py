@@ -98,8 +98,6 @@ MUTANTS = (
     Mutant("anchor", "g * (a - p)", "g * (p - a)"),
     Mutant("anchor", "lax.reduce_precision(param, info.nexp, info.nmant)", "param"),
     # search, rise and windows: the rate for all
-    Mutant("search", "(harm == Harm.AGAIN)", "(harm == Harm.ONCE)"),
-    Mutant("regulate", "(last.damping_factor >= 1.0)", "(last.damping_factor < 1.0)"),
     Mutant("search", "rule.growth_factor),\n    )", "rule.slow_growth_factor),\n    )"),
     Mutant("search", "(room >= 1.0)", "(room >= 100.0)"),
     Mutant(

@@ -360,13 +360,16 @@ def assert_same(seen, expected):
         assert error[worst] <= 1.0, (key, worst, seen[key][worst], expected[key][worst])
 
 
-SLOW = (  # what is special about them is in others
-    *("lalerg with a schedule", "lalerg without search, clipped and strict"),
-    *("momentum, odd, without value", "flat, without value"),
+QUICK = (  # what is special about the others is in these
+    *("lalerg, rate far too high", "lalerg, rate far too low", "lalerg without value"),
+    *("lalerg with AdaGrad, rate far too high", "lalerg without search"),
+    "lalerg without search, with RMSProp for each tensor",
+    *("momentum", "momentum, odd", "audited", "audited, without value"),
+    *("audited, rate too high for a start", "flat"),
 )
 
 
-@pytest.mark.parametrize("name", some(CASES, *(CASES.keys() - set(SLOW))))
+@pytest.mark.parametrize("name", some(CASES, *QUICK))
 @pytest.mark.parametrize(
     "with_scan",
     [pytest.param(False, marks=pytest.mark.slow), True],

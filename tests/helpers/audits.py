@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 import lalerg_optax as lo
 from lalerg_optax._search_rule import Phase
-from lalerg_optax._verdict import Audit, Harm, Verdict
+from lalerg_optax._verdict import Audit, Verdict
 
 ACCEPT, REVERT = jnp.int32(Verdict.ACCEPT), jnp.int32(Verdict.REVERT)
 
@@ -53,19 +53,19 @@ class Driver:
         value=1.0,
         error=0.0,
         verdict=ACCEPT,
-        harm=Harm.NONE,
+        harm=False,
         reach=0,
         length=1.0,
     ):
         rise = 0.0 if alignment is None else -length * alignment
-        audit = make_audit(alignment, error, reach, harm > 0, rise, length * error)
+        audit = make_audit(alignment, error, reach, harm, rise, length * error)
         _, self.state = self._update(
             jnp.ones(1),
             self.state,
             value=value,
             verdict=verdict,
             audit=audit,
-            harm=jnp.asarray(harm),
+            is_harmful=jnp.asarray(harm),
         )
 
     def tell_alone(self, value):

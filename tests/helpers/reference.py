@@ -13,7 +13,6 @@ import numpy as np
 ACCEPT, SKIP, REVERT, BOUND = 0, 1, 2, 3
 HEALTHY, SUSPECT, RESTORING, TRIAL, EPISODE, REWINDING = range(6)
 START, RESTARTED, SEARCH, STEER = range(4)
-NONE, ONCE, AGAIN = range(3)
 LARGEST = 1e37  # how an infinite error shows
 MAX_RATE = 2.0**40
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -101,7 +100,7 @@ class MicroRate:
         tensors = np.split(grads, np.cumsum(self.tensors)[:-1])
         return np.array([sum(g**2) / len(g) for g in tensors])
 
-    def update(self, grads, params, value, verdict=None, audit=None, harm=NONE):
+    def update(self, grads, params, value, verdict=None, audit=None, is_harmful=False):
         if verdict is None:
             is_open = math.isfinite(global_norm(grads))
         else:
@@ -168,15 +167,17 @@ class MacroRate:
         self.num_windows = 0
         self.num_macro_held = 0
 
-    def update(self, updates, params, value, verdict=None, audit=None, harm=NONE):
+    def update(
+        self, updates, params, value, verdict=None, audit=None, is_harmful=False
+    ):
         """Scales the updates.
 
         ``audit`` is None without a regulator that takes audits. With one, it is an
         `Audit` at the steps with an audit, a `Restart` where params go back to the
         start, and False at all others.
         """
-        if self.search and harm:
-            self.cut(harm, getattr(audit, "reach", 0.0))
+        if self.search and is_harmful:
+            self.harm(getattr(audit, "reach", 0.0))
         if verdict is None:
             loss_is_finite = value is None or math.isfinite(value)
             is_open = loss_is_finite and math.isfinite(global_norm(updates))
@@ -208,13 +209,12 @@ class MacroRate:
         self.avg_rise *= factor**2
         self.rise_noise *= factor**4
 
-    def cut(self, harm, reach):
+    def harm(self, reach):
         if self.phase in (START, RESTARTED):
             factor = min(self.backoff_factor**4, 1e-3 / max(reach, 1e-3))
             self.phase = RESTARTED
-        else:  # one fault does not lower what was found
-            is_cut = self.phase == SEARCH or harm == AGAIN
-            factor = self.backoff_factor if is_cut else 1.0
+        else:
+            factor = self.backoff_factor
         self.scale(factor)
         self.window = []
 
@@ -448,7 +448,9 @@ class AddDecayedWeights:
     def __init__(self, weight_decay):
         self.weight_decay = weight_decay
 
-    def update(self, updates, params, value, verdict=None, audit=None, harm=NONE):
+    def update(
+        self, updates, params, value, verdict=None, audit=None, is_harmful=False
+    ):
         return updates + self.weight_decay * params
 
 
@@ -459,7 +461,9 @@ class LearningRate:
         self.learning_rate = learning_rate
         self.count = 0
 
-    def update(self, updates, params, value, verdict=None, audit=None, harm=NONE):
+    def update(
+        self, updates, params, value, verdict=None, audit=None, is_harmful=False
+    ):
         rate = self.learning_rate
         if callable(rate):
             rate = rate(self.count)
@@ -474,7 +478,9 @@ class Momentum:
         self.decay = decay
         self.trace = 0.0
 
-    def update(self, updates, params, value, verdict=None, audit=None, harm=NONE):
+    def update(
+        self, updates, params, value, verdict=None, audit=None, is_harmful=False
+    ):
         self.trace = updates + self.decay * self.trace
         return self.trace
 
@@ -485,9 +491,11 @@ class Chain:
     def __init__(self, *links):
         self.links = links
 
-    def update(self, updates, params, value, verdict=None, audit=None, harm=NONE):
+    def update(
+        self, updates, params, value, verdict=None, audit=None, is_harmful=False
+    ):
         for link in self.links:
-            updates = link.update(updates, params, value, verdict, audit, harm)
+            updates = link.update(updates, params, value, verdict, audit, is_harmful)
         return updates
 
 
@@ -841,7 +849,6 @@ class ErrorRegulate:
         if is_again:
             longer = 16.0 * self.peak_doubt
             self.harmless_doubt = max(self.harmless_doubt, longer)
-        self.was_made_good = self.num_harmful > 0 and self.damping_factor == 1.0
         # n steps after the last harm, (n / recovery_steps)^2 cuts are made good
         cut = max(self.backoff_factor * self.damping_factor, 2.0**-10)
         if is_applied:
@@ -958,10 +965,8 @@ class ErrorRegulate:
             value = self.avg_value if self.has_value else None
         if self.inner is None:
             return grads
-        harm = NONE
-        if self.is_harmful and (self.has_taken or not self.is_started):
-            harm = AGAIN if self.was_made_good else ONCE
-        return self.inner.update(grads, params, value, self.verdict, audit, harm)
+        is_harmful = self.is_harmful and (self.has_taken or not self.is_started)
+        return self.inner.update(grads, params, value, self.verdict, audit, is_harmful)
 
 
 def lalerg(
