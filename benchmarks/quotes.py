@@ -38,7 +38,7 @@ PAGES = (
 QUOTE = re.compile(r"<!--quote (.*?)-->(.*?)<!--/quote-->", re.DOTALL)
 CELL = re.compile(r"\{([^{}]+)\}")
 EQUATION = re.compile(r"<!--equation (\S+) (\d)-->.*?<!--/equation-->", re.DOTALL)
-MATH = re.compile(r"^\.\. math::\n\n((?:(?: .*)?\n)+)", re.MULTILINE)
+MATH = re.compile(r"^( *)\.\. math::\n\n((?:\1 .*\n|\n)+)", re.MULTILINE)
 
 
 def cells_of(line: str) -> list[str]:
@@ -104,7 +104,7 @@ def filled(template: str, results: Path = RESULTS) -> str:
 def equation(path: str, number: int) -> str:
     """Returns an equation of a docstring, from 1 on."""
     stated = MATH.findall(f"{inspect.getdoc(pkgutil.resolve_name(path))}\n")
-    return inspect.cleandoc(stated[number - 1])
+    return inspect.cleandoc(stated[number - 1][1])
 
 
 def quoted(text: str, results: Path = RESULTS) -> str:

@@ -62,12 +62,9 @@ def test_a_docstring_begins_with_what_one_looks_up(factory):
     assert sections[3:4] == ["Example:"], "and then how it works"
 
 
-EQUATION = re.compile(r"^( *)\.\. math::\n\n((?:\1 .*\n|\n)+)", re.MULTILINE)
-
-
 def test_an_equation_stands_once_and_pages_quote_it():
     sources = [path.read_text() for path in (ROOT / "lalerg_optax").glob("*.py")]
-    found = [text for source in sources for _, text in EQUATION.findall(source)]
+    found = [text for source in sources for _, text in QUOTES["MATH"].findall(source)]
     assert len(found) == sum(source.count(".. math::") for source in sources) > 20
     assert len({" ".join(text.split()) for text in found}) == len(found)
     for page in PAGES:
