@@ -112,44 +112,6 @@ def check_transformation(
         )
 
 
-def check_second_level(name: str, micro: Any) -> None:
-    """Raises unless a transformation can be a second level.
-
-    Raises:
-      TypeError: if it is not a transformation or refuses extra arguments.
-      ValueError: if it reverses the sign of a gradient, as a whole optimizer does.
-    """
-    check_transformation(name, micro, example="optax.scale_by_lion()")
-    if _turns_round(micro):
-        raise ValueError(
-            f"{name} must leave sign and learning rate to others, but the first "
-            "update of what was given points against its gradient. Take the part "
-            "that scales, optax.scale_by_lion() of optax.lion(1e-3); to protect a "
-            "whole optimizer, lalerg_optax.error_regulate(optimizer)."
-        )
-
-
-def _turns_round(tx: optax.GradientTransformation) -> bool:
-    """Whether every entry of a first update is below zero where the gradient is above.
-
-    It is tried on two by two params. A transformation that cannot be tried passes: it
-    may need params of its own kind, or hyperparameters may have no value yet.
-    """
-
-    @jax.jit
-    def is_below_zero() -> jax.Array:
-        ones = jnp.ones((2, 2))
-        extended = optax.with_extra_args_support(tx)
-        update, _ = extended.update(ones, extended.init(ones), ones, value=1.0)
-        return jnp.all(update < 0.0)
-
-    try:
-        with jax.ensure_compile_time_eval():
-            return bool(is_below_zero())
-    except Exception:
-        return False
-
-
 def as_loss(value: jax.typing.ArrayLike | None) -> jax.Array | None:
     """Returns ``value`` as a float32 scalar; None stays None."""
     if value is None:

@@ -4,13 +4,37 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from ._checks import check_range, check_second_level
+from ._checks import check_range
 from ._inner import restart_with_audit
 from ._macro import scale_by_macro_rate
 from ._micro import Decay, scale_by_micro_rate
 from ._regulate import error_regulate
+from ._second_level import as_second_level
+
+_WEIGHT_DECAY = 1e-4  # that of optax.adamw
+
+
+def _decay_beside(weight_decay: Any, decays: Any) -> Any:
+    """Returns the weight decay of the chain, given whether the second level has one.
+
+    Raises:
+      ValueError: if params would decay twice.
+    """
+    if weight_decay is None:
+        if isinstance(decays, bool):
+            return 0.0 if decays else _WEIGHT_DECAY
+        return jnp.where(decays, 0.0, _WEIGHT_DECAY)  # known in the trace only
+    is_twice = decays is True and not isinstance(weight_decay, jax.Array)
+    if is_twice and weight_decay != 0.0:
+        raise ValueError(
+            f"weight_decay = {weight_decay} would be added to that of micro, which "
+            "decays the params by itself: leave one of the two out, "
+            "micro=optax.lion(1.0, weight_decay=0.0), say."
+        )
+    return weight_decay
 
 
 def lalerg(
@@ -20,7 +44,7 @@ def lalerg(
     b2: Decay = (0.99, 0.999),
     eps: jax.typing.ArrayLike = 1e-8,
     gradient_share: jax.typing.ArrayLike = 0.4,
-    weight_decay: jax.typing.ArrayLike = 1e-4,
+    weight_decay: jax.typing.ArrayLike | None = None,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     clip_norm: jax.typing.ArrayLike | None = None,
     micro: optax.GradientTransformation | None = None,
@@ -41,11 +65,13 @@ def lalerg(
       b2: decay of the second moment, in [0, 1), or a pair: see `scale_by_micro_rate`.
       eps: added to the root of the second moment, at least 0.
       gradient_share: weight of the fresh gradient, in [0, 1]; 0 is Adam's rule.
-      weight_decay: decoupled weight decay, at least 0, as in ``optax.adamw``.
+      weight_decay: decoupled weight decay, at least 0, as in ``optax.adamw``: 1e-4 if
+        None, unless ``micro`` decays the params by itself.
       mask: which parameters to decay, as in ``optax.add_decayed_weights``.
       clip_norm: if given, gradients are scaled down to this global norm.
-      micro: another second level, without learning rate and sign flip
-        (``optax.scale_by_lion()``, ...), in place of ``b1`` to ``gradient_share``.
+      micro: another second level in place of ``b1`` to ``gradient_share``: an
+        optimizer at the rate 1, ``optax.contrib.muon(1.0)``, or a rule,
+        ``optax.scale_by_lion()``. Whichever it is, it points downhill.
       search: whether to search for the rate, up and down; if False, it is the user's.
       threshold: see `error_regulate`, as all that follow.
       anchor_every: accepted steps between two anchors.
@@ -60,7 +86,8 @@ def lalerg(
 
     Raises:
       TypeError: if ``micro`` is not a transformation or refuses extra arguments.
-      ValueError: for a hyperparameter outside its range or a ``micro`` that climbs.
+      ValueError: for a hyperparameter outside its range, a ``micro`` that cannot be a
+        second level, or weight decay both here and there.
 
     Example:
       >>> import jax, jax.numpy as jnp, lalerg_optax as lo
@@ -88,16 +115,19 @@ def lalerg(
     (``anneal``). With ``search=False``, ``b2=0.999``, ``gradient_share=0`` and nothing
     to object to, it takes the steps of ``optax.adamw``. All equations are our own.
     """
-    if micro is not None:
-        check_second_level("micro", micro)
+    decays: Any = False
+    if micro is None:
+        second_level = scale_by_micro_rate(b1, b2, eps, gradient_share=gradient_share)
+    else:
+        turned, decays = as_second_level(micro)
+        second_level = restart_with_audit(turned)
+    weight_decay = _decay_beside(weight_decay, decays)
     check_range("weight_decay", weight_decay, 0.0, float("inf"))
     if not callable(learning_rate):
         check_range("learning_rate", learning_rate, 0.0, float("inf"))
     return error_regulate(
         optax.chain(
-            scale_by_micro_rate(b1, b2, eps, gradient_share=gradient_share)
-            if micro is None
-            else restart_with_audit(micro),
+            second_level,
             optax.add_decayed_weights(weight_decay, mask),
             scale_by_macro_rate(search=search, anneal=not callable(learning_rate)),
             optax.scale_by_learning_rate(learning_rate),

@@ -243,34 +243,3 @@ def test_a_search_that_is_switched_on_in_mid_run_begins():
     params, state = descend(on, params, 300, state)
     assert lo.metrics(state)["macro_rate"] > 1e3
     assert jnp.sum(params**2) < 0.1
-
-
-@pytest.mark.parametrize(
-    "micro",
-    [
-        optax.sgd(0.1),
-        optax.adamw(1e-3),
-        optax.inject_hyperparams(optax.lion)(1e-4),
-        optax.chain(optax.clip(1.0), optax.scale_by_adam(), optax.scale(-1.0)),
-        optax.with_extra_args_support(optax.rmsprop(lambda count: 1e-3)),
-    ],
-    ids=["sgd", "adamw", "injected", "a sign flip", "a schedule"],
-)
-def test_a_whole_optimizer_is_no_second_level(micro):
-    with pytest.raises(ValueError, match="points against its gradient") as error:
-        lo.lalerg(micro=micro)
-    assert "error_regulate(optimizer)" in reason(error)
-
-
-def test_a_second_level_is_judged_only_where_it_can_be_tried():
-    def decayed(rate):  # inside jit it has no value yet
-        micro = optax.chain(optax.scale_by_rss(), optax.scale(rate))
-        return lo.lalerg(micro=micro).init(PARAMS).damping_factor
-
-    def of_dicts(updates, state, params=None):
-        del params
-        return {"bias": -updates["bias"], "weights": updates["weights"]}, state
-
-    assert jax.jit(decayed)(-1.0) == jax.vmap(decayed)(-jnp.ones(2))[0] == 1.0
-    unusual = optax.GradientTransformation(lambda _: optax.EmptyState(), of_dicts)
-    update(lo.lalerg(micro=unusual))

@@ -24,6 +24,7 @@ FLOORS = (
     # the two levels, and whatever else is inside
     "_search _macro _micro _inner",
     "_regulate",
+    "_second_level",
     "_lalerg",
     # around it
     "_adapters _carry _adopt _apply _monitor _watch _record flax plot",
