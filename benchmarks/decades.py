@@ -34,7 +34,7 @@ from tasks import TASKS, Task
 from train import full_loss, grid, train_on
 
 import lalerg_optax as lo
-from lalerg_optax._records import JudgeRule
+from lalerg_optax._judge_rule import JudgeRule
 from lalerg_optax._search_rule import SearchRule
 
 PyTree = Any

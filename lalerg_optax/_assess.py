@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from ._history import NUM_START_VALUES, Z95, LossHistory
+from ._judge_rule import JudgeRule
 from ._numbers import LARGEST, SMALLEST
-from ._records import Assessment, Conduct, JudgeRule, RegulatorScalars
+from ._records import Assessment, Conduct, RegulatorScalars
 from ._scalars import as_vector
 
 _LOG_OF_LARGE_WEIGHT = 20.0  # the fourth power of this weight fits into float32

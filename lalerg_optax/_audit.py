@@ -9,16 +9,9 @@ import optax
 from jax import lax
 
 from ._anchor import look_back, move
+from ._judge_rule import JudgeRule
 from ._numbers import LARGEST
-from ._records import (
-    LOOKS,
-    Assessment,
-    Conduct,
-    Decision,
-    JudgeRule,
-    Look,
-    RegulatorScalars,
-)
+from ._records import LOOKS, Assessment, Conduct, Decision, Look, RegulatorScalars
 from ._scalars import Scalars, as_vector, pack, read, unpack
 from ._verdict import Verdict, is_applied
 

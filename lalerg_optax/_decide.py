@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ._records import Assessment, Conduct, Decision, JudgeRule, RegulatorScalars
+from ._judge_rule import JudgeRule
+from ._records import Assessment, Conduct, Decision, RegulatorScalars
 from ._verdict import Verdict
 
 

@@ -10,7 +10,8 @@ import optax
 
 from ._checks import check_transformation
 from ._micro import ScaleByMicroRateState
-from ._verdict import Audit
+from ._records import Assessment, Decision, Look, RegulatorScalars
+from ._verdict import Audit, Verdict, is_applied
 
 _OWN_EXTRA_ARGS = ("verdict", "audit", "is_harmful")
 
@@ -29,10 +30,10 @@ def as_inner(inner: optax.GradientTransformation) -> Any:
       ValueError: in ``init``, where ``optax.lookahead`` is a part of ``inner``.
     """
     check_transformation("inner", inner)
-    chained = optax.with_extra_args_support(inner)
+    tx = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        state = chained.init(params)
+        state = tx.init(params)
         _check_lookahead(state, params)
         return state
 
@@ -48,7 +49,7 @@ def as_inner(inner: optax.GradientTransformation) -> Any:
             extra_args["value_fn"] = _with_own_args(extra_args["value_fn"])
         if _is_lookahead(state):
             updates = updates.fast  # the slow params have none
-        updates, new_state = chained.update(updates, state, params, **extra_args)
+        updates, new_state = tx.update(updates, state, params, **extra_args)
         return updates, jax.tree.map(_keep_finite, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -125,7 +126,7 @@ def restart_with_audit(
     params. `scale_by_micro_rate` resets itself, also as a part of ``inner``, and keeps
     the count of the steps that it held.
     """
-    inner = optax.with_extra_args_support(inner)
+    tx = optax.with_extra_args_support(inner)
 
     def update_fn(
         updates: optax.Updates,
@@ -138,7 +139,7 @@ def restart_with_audit(
         if audit is not None:
             # Before the update, not after: then only one version of it is alive. The
             # gradient of such a step is zero, as on every rejected step.
-            initial = inner.init(optax.tree.zeros_like(params))
+            initial = tx.init(optax.tree.zeros_like(params))
 
             def restarted(old: Any, start: Any) -> Any:
                 if _restarts_by_itself(old):
@@ -148,6 +149,40 @@ def restart_with_audit(
 
             state = jax.tree.map(restarted, state, initial, is_leaf=_restarts_by_itself)
             extra_args["audit"] = audit
-        return inner.update(updates, state, params, **extra_args)
+        return tx.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def loss_seen(seen: Assessment, verdict: jax.Array, avg_value: jax.Array) -> jax.Array:
+    """Returns the loss that ``inner`` sees: the average one on a rejected batch."""
+    is_bounded = verdict == Verdict.BOUND
+    loss = jnp.where(is_bounded, seen.recorded[0], seen.signals[0])
+    return jnp.where(is_applied(verdict), loss, avg_value)
+
+
+def report_of(
+    last: RegulatorScalars,
+    decision: Decision,
+    look: Look,
+    verdict: jax.Array,
+    is_started: jax.Array,
+    *,
+    audit: bool,
+) -> dict[str, Any]:
+    """Returns the report of a step to links of this package, as extra arguments."""
+    taken = Audit(
+        is_taken=look.is_taken,
+        alignment=look.alignment,
+        alignment_error=look.alignment_error,
+        rise=look.rise,
+        rise_error=look.rise_error,
+        reach=look.reach,
+        is_restart=decision.is_new_revert & ~is_started,
+    )
+    return {
+        "verdict": verdict,
+        # non-finite steps alone say nothing about a rate that did well
+        "is_harmful": decision.is_harmful & ((last.peak_doubt > 0.0) | ~is_started),
+        "audit": taken if audit else None,
+    }

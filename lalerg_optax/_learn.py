@@ -6,16 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from ._history import LossHistory
+from ._judge_rule import JudgeRule
 from ._numbers import LARGEST
-from ._records import (
-    LOOKS,
-    Assessment,
-    Conduct,
-    Decision,
-    JudgeRule,
-    Look,
-    RegulatorScalars,
-)
+from ._records import LOOKS, Assessment, Conduct, Decision, Look, RegulatorScalars
 from ._scalars import Scalars, count_if, pack
 from ._verdict import Verdict, is_applied
 
@@ -160,6 +153,9 @@ def _counters(
         "num_accepted": count_if(is_accepted, last.num_accepted),
         "num_bounded": count_if(verdict == Verdict.BOUND, last.num_bounded),
         "num_skipped": count_if(verdict == Verdict.SKIP, last.num_skipped),
+        "num_rejected_in_a_row": jnp.where(
+            is_accepted, 0, count_if(~is_accepted, last.num_rejected_in_a_row)
+        ),
         "num_revert_steps": count_if(is_reverted, last.num_revert_steps),
         "num_trials": count_if(decision.is_trial, last.num_trials),
         "num_harmful": count_if(is_harmful, last.num_harmful),
@@ -175,6 +171,7 @@ def learn(
     last: RegulatorScalars,
     history: LossHistory,
     grad_norm: jax.Array,
+    base_rate: jax.Array,
     seen: Assessment,
     look: Look,
     decision: Decision,
@@ -187,6 +184,7 @@ def learn(
       last: what is known.
       history: of losses and logarithms of the norm.
       grad_norm: the global norm of the gradient.
+      base_rate: the learning rate without macro rate and damping.
       seen: what the step looks like.
       look: what was seen of the anchor.
       decision: what becomes of the step.
@@ -203,6 +201,7 @@ def learn(
             avg_value=avg_value,
             num_averaged=jnp.where(look.is_failed, 0.0, num_averaged),
             damping_factor=damping,
+            base_rate=base_rate,
             num_well=num_well,
             skips_left=_skips_left(last, seen, decision.verdict, rule),
             verdict=decision.verdict,

@@ -16,6 +16,7 @@ from ._records import LOOKS, RegulatorScalars
 from ._regulate import ErrorRegulateState
 
 _INTERNAL = (
+    "base_rate",
     "num_averaged",
     "ceiling",
     "ceiling_in_doubt",
@@ -63,12 +64,15 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
                             5 REWINDING; see docs/reverting.md (int32)
     scaled_error            rise of the loss in units of the tolerated rise
     scaled_norm_error       the same for the logarithm of the gradient norm
+    learning_rate           in effect at this step: schedule x macro rate x damping; -1
+                            where it is not known
     macro_rate              factor of the macro level (1 where there is none)
     is_searching            whether the macro level still leaps (bool)
     damping_factor          factor that harm cuts and time restores, at most 1
     num_accepted            steps accepted, including bounded ones (int32)
     num_bounded             steps accepted with a bounded gradient (int32)
     num_skipped             steps skipped (int32)
+    num_rejected_in_a_row   steps skipped or reverted since the last accepted one (int32)
     num_reverts             reverts to the anchor (int32)
     num_revert_steps        steps spent on reverts, two each (int32)
     num_trials              reverts that test whether params are damaged (int32)
@@ -99,7 +103,10 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     ==========================  ====================================================
 
     The last three are 0 where a step is rejected. Scalars without a type above are
-    float32. Values that are not finite are shown as 1e37.
+    float32. Values that are not finite are shown as 1e37. The learning rate is known of
+    Optax's optimizers and chains, with a number or a schedule, and with
+    ``optax.inject_hyperparams``; not where groups have different ones, nor in the flat
+    form. Where the state has further axes (under ``vmap``), so has every scalar.
 
     ``damping`` and ``num_reverted`` are deprecated names of ``damping_factor`` and
     ``num_revert_steps``; they will be removed in 0.3.
@@ -135,16 +142,19 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
             "that is optimizer.opt_state."
         )
     groups = {**regulators, **macros, **micros}
-    report = {
-        f"{label}macro_rate": jnp.ones((), jnp.float32)
-        for label in groups
-        if not any(other.startswith(label) for other in macros)
-    }
+    report: dict[str, jax.Array] = {}
     for label, regulator in regulators.items():
         for name in _REGULATOR_FIELDS:
             report[label + name] = getattr(regulator, name)
         steps = regulator.num_revert_steps  # the last revert may be in progress
         report[label + "num_reverts"] = steps // 2 + steps % 2
+        rates = [m.macro_rate for name, m in macros.items() if name.startswith(label)]
+        macro_rate = rates[0] if rates else jnp.ones_like(regulator.damping_factor)
+        if not rates:
+            report[label + "macro_rate"] = macro_rate
+        rate = regulator.base_rate * macro_rate * regulator.damping_factor
+        is_known = (regulator.base_rate >= 0.0) & (len(rates) <= 1)
+        report[label + "learning_rate"] = jnp.where(is_known, rate, -1.0)
         for former, name in FORMER_NAMES.items():
             report[label + former] = report[label + name]
         if regulator.local is not None:
@@ -156,6 +166,8 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     for label, micro in micros.items():
         (held,) = jax.tree.leaves(micro.num_micro_held)  # NNX wraps it in a variable
         report[label + "num_micro_held"] = held
+        if not any(other.startswith(label) for other in {**regulators, **macros}):
+            report[label + "macro_rate"] = jnp.ones_like(held, jnp.float32)
     if len(groups) == 1:  # nothing to distinguish
         (label,) = groups
         report = {name.removeprefix(label): value for name, value in report.items()}

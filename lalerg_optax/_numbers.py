@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 LARGEST = 1e37  # larger magnitudes are treated as this one: sums must not overflow
+UNKNOWN = -LARGEST  # a rate that nobody knows: numbers in a state are finite
 SMALLEST = 1e-30  # added to divisors and bounds, or their lower limit
 
 

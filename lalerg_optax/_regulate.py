@@ -23,19 +23,14 @@ from ._checks import (
 )
 from ._decide import decide, overruled
 from ._history import LossHistory
-from ._inner import as_inner
+from ._inner import as_inner, loss_seen, report_of
+from ._judge_rule import JudgeRule
 from ._learn import learn
 from ._local import LocalView, init_local, leaf_squares
-from ._records import (
-    Assessment,
-    Decision,
-    JudgeRule,
-    Look,
-    RegulatorScalars,
-)
+from ._rate import learning_rate
+from ._records import RegulatorScalars
 from ._scalars import Scalars, pack, read, unpack
 from ._sums import global_norm
-from ._verdict import Audit, Verdict, is_applied
 
 
 class ErrorRegulateState(NamedTuple):
@@ -74,40 +69,6 @@ class ErrorRegulateState(NamedTuple):
 
     def __getattr__(self, name: str) -> jax.Array:
         return read(RegulatorScalars, self.scalars, present_name(name))
-
-
-def _loss_seen(seen: Assessment, verdict: jax.Array, avg_value: jax.Array) -> jax.Array:
-    """Returns the loss that ``inner`` sees: the average one on a rejected batch."""
-    is_bounded = verdict == Verdict.BOUND
-    loss = jnp.where(is_bounded, seen.recorded[0], seen.signals[0])
-    return jnp.where(is_applied(verdict), loss, avg_value)
-
-
-def _report(
-    last: RegulatorScalars,
-    decision: Decision,
-    look: Look,
-    verdict: jax.Array,
-    is_started: jax.Array,
-    *,
-    audit: bool,
-) -> dict[str, Any]:
-    """Returns the report of a step to links of this package, as extra arguments."""
-    taken = Audit(
-        is_taken=look.is_taken,
-        alignment=look.alignment,
-        alignment_error=look.alignment_error,
-        rise=look.rise,
-        rise_error=look.rise_error,
-        reach=look.reach,
-        is_restart=decision.is_new_revert & ~is_started,
-    )
-    return {
-        "verdict": verdict,
-        # non-finite steps alone say nothing about a rate that did well
-        "is_harmful": decision.is_harmful & ((last.peak_doubt > 0.0) | ~is_started),
-        "audit": taken if audit else None,
-    }
 
 
 def error_regulate(
@@ -209,11 +170,13 @@ def error_regulate(
     )
 
     def init_fn(params: optax.Params) -> ErrorRegulateState:
+        inner_state = chained.init(params)
+        base_rate = learning_rate(chained, inner_state)
         return ErrorRegulateState(
-            scalars=pack(RegulatorScalars()),
+            scalars=pack(RegulatorScalars(base_rate=base_rate)),
             history=LossHistory.empty(shape=(2,)),
             anchor=copy_params(params, anchor_dtype, anchor_memory),
-            inner_state=chained.init(params),
+            inner_state=inner_state,
             local=init_local(params) if local else None,
         )
 
@@ -263,8 +226,17 @@ def error_regulate(
             axis_name=axis_name,
         )
         decision = overruled(decision, look.is_failed)
+        base_rate = learning_rate(chained, state.inner_state)
         scalars, history = learn(
-            last, state.history, grad_norm, seen, look, decision, is_started, rule
+            last,
+            state.history,
+            grad_norm,
+            base_rate,
+            seen,
+            look,
+            decision,
+            is_started,
+            rule,
         )
         # read back: later code takes it from memory instead of deciding again
         verdict, damping, avg_value = (
@@ -275,12 +247,12 @@ def error_regulate(
         # Inner: sees nothing of a rejected batch.
         scale = scale_of(seen, verdict, grad_norm, clip_norm)
         # these replace those of an outer regulator
-        extra_args |= _report(last, decision, look, verdict, is_started, audit=audit)
+        extra_args |= report_of(last, decision, look, verdict, is_started, audit=audit)
         inner_updates, inner_state = chained.update(
             admitted(updates, verdict, scale),
             state.inner_state,
             params,
-            value=None if value is None else _loss_seen(seen, verdict, avg_value),
+            value=None if value is None else loss_seen(seen, verdict, avg_value),
             **extra_args,
         )
 

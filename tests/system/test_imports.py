@@ -18,7 +18,8 @@ FLOORS = (
     # what all share
     "_numbers _scalars _verdict _checks _sums _history _find",
     # records, trees, windows
-    "_records _search_rule _anchor _moments _windows _rise _gate _local",
+    "_judge_rule _search_rule _anchor _moments _windows _rise _gate _local _rate",
+    "_records",
     # one step, in the order in which data flow
     "_assess _decide _audit _learn _act",
     # the two levels, and whatever else is inside

@@ -18,7 +18,7 @@ from helpers.judged import (
 )
 
 import lalerg_optax as lo
-from lalerg_optax._records import JudgeRule
+from lalerg_optax._judge_rule import JudgeRule
 
 
 def test_gradient_norm_is_judged_before_clipping():

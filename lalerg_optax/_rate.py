@@ -1,0 +1,85 @@
+"""Rate: the learning rate of an optimizer, found in what it is made of.
+
+Optax keeps the step of a schedule in its state, and the schedule itself in the closure
+of the update. Both are needed to tell the rate. Where a part is made in another way,
+the rate is not known, and nothing else depends on it.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._numbers import UNKNOWN
+
+_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+
+
+def _enclosed(function: Any) -> dict[str, Any]:
+    """Returns what a function takes from the one that it was made in."""
+    try:
+        return dict(inspect.getclosurevars(function).nonlocals)
+    except (TypeError, ValueError):  # no Python function, or not all is there yet
+        return {}
+
+
+def _factors(update: Callable[..., Any], state: Any) -> list[Any]:
+    """Returns the factors that the links of a chain multiply updates by."""
+    made_of = _enclosed(update)
+    if hasattr(made_of.get("tx"), "update"):  # a wrapper without a state
+        return _factors(made_of["tx"].update, state)
+    if isinstance(state, _INJECTED):  # the update computes the rate of its step
+        schedule = made_of.get("sched_hps", {}).get("learning_rate")
+        if schedule is not None:
+            return [schedule(state.hyperparams_states["learning_rate"])]
+        return [state.hyperparams.get("learning_rate", UNKNOWN)]
+    if "update_fns" in made_of and isinstance(state, tuple):
+        pairs = zip(made_of["update_fns"], state, strict=False)
+        return [factor for link in pairs for factor in _factors(*link)]
+    if "step_size_fn" in made_of and isinstance(state, optax.ScaleByScheduleState):
+        return [made_of["step_size_fn"](state.count)]
+    if "step_size" in made_of and state == optax.EmptyState():
+        return [made_of["step_size"]]
+    if "transforms" in made_of and isinstance(state, optax.PartitionState):
+        groups = [
+            _factors(tx.update, state.inner_states[name].inner_state)
+            for name, tx in made_of["transforms"].items()
+            if name in state.inner_states
+        ]
+        return _common([_product(factors) for factors in groups if factors])
+    if hasattr(made_of.get("inner"), "update") and hasattr(state, "inner_state"):
+        return _factors(made_of["inner"].update, state.inner_state)
+    return []
+
+
+def _product(factors: list[Any]) -> jax.Array:
+    product = jnp.ones((), jnp.float32)
+    for factor in factors:
+        product = product * jnp.asarray(factor, jnp.float32)
+    return jnp.abs(product)
+
+
+def _common(rates: list[jax.Array]) -> list[jax.Array]:
+    """Returns the rate of all groups, if they have the same."""
+    if not rates:
+        return []
+    is_same = jnp.stack([rate == rates[0] for rate in rates]).all()
+    return [jnp.where(is_same, rates[0], UNKNOWN)]
+
+
+def learning_rate(tx: Any, state: Any) -> jax.Array:
+    """Returns the learning rate of the next step of ``tx``, or `UNKNOWN`.
+
+    It is the size of the product of all constants and schedules that updates are
+    multiplied by: in chains, in Optax's own optimizers, in ``optax.inject_hyperparams``
+    and, where all groups have the same, in ``optax.partition``.
+    """
+    factors = [f for f in _factors(tx.update, state) if jnp.ndim(f) == 0]
+    if not factors:
+        return jnp.full((), UNKNOWN, jnp.float32)
+    is_known = jnp.stack([jnp.asarray(f) != UNKNOWN for f in factors]).all()
+    product = _product(factors)
+    return jnp.where(is_known & jnp.isfinite(product), product, UNKNOWN)
