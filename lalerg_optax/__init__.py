@@ -15,11 +15,14 @@ from ._macro import ScaleByMacroRateState as ScaleByMacroRateState
 from ._macro import scale_by_macro_rate as scale_by_macro_rate
 from ._micro import ScaleByMicroRateState as ScaleByMicroRateState
 from ._micro import scale_by_micro_rate as scale_by_micro_rate
+from ._monitor import is_stuck as is_stuck
 from ._monitor import metrics as metrics
+from ._rebase import rebase as rebase
 from ._record import Recorder as Recorder
 from ._regulate import ErrorRegulateState as ErrorRegulateState
 from ._regulate import error_regulate as error_regulate
 from ._verdict import Verdict as Verdict
 from ._watch import InterventionWarning as InterventionWarning
+from ._watch import TooManyRejections as TooManyRejections
 
 __version__ = "0.1.0"

@@ -171,7 +171,6 @@ def learn(
     last: RegulatorScalars,
     history: LossHistory,
     grad_norm: jax.Array,
-    base_rate: jax.Array,
     seen: Assessment,
     look: Look,
     decision: Decision,
@@ -181,10 +180,9 @@ def learn(
     """Records a step, once all is decided.
 
     Args:
-      last: what is known.
+      last: what is known, and the learning rate of this step.
       history: of losses and logarithms of the norm.
       grad_norm: the global norm of the gradient.
-      base_rate: the learning rate without macro rate and damping.
       seen: what the step looks like.
       look: what was seen of the anchor.
       decision: what becomes of the step.
@@ -201,7 +199,7 @@ def learn(
             avg_value=avg_value,
             num_averaged=jnp.where(look.is_failed, 0.0, num_averaged),
             damping_factor=damping,
-            base_rate=base_rate,
+            base_rate=last.base_rate,
             num_well=num_well,
             skips_left=_skips_left(last, seen, decision.verdict, rule),
             verdict=decision.verdict,

@@ -1,5 +1,6 @@
 """Monitoring: what was decided, and why, read from the optimizer's state."""
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ._checks import FORMER_NAMES
+from ._checks import FORMER_NAMES, check_range
 from ._find import find_states
 from ._local import LocalView
 from ._macro import ScaleByMacroRateState
@@ -72,7 +73,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     num_accepted            steps accepted, including bounded ones (int32)
     num_bounded             steps accepted with a bounded gradient (int32)
     num_skipped             steps skipped (int32)
-    num_rejected_in_a_row   steps skipped or reverted since the last accepted one (int32)
+    num_rejected_in_a_row   steps rejected since the last accepted one (int32)
     num_reverts             reverts to the anchor (int32)
     num_revert_steps        steps spent on reverts, two each (int32)
     num_trials              reverts that test whether params are damaged (int32)
@@ -172,3 +173,36 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         (label,) = groups
         report = {name.removeprefix(label): value for name, value in report.items()}
     return report
+
+
+def is_stuck(opt_state: optax.OptState, after: jax.typing.ArrayLike = 32) -> jax.Array:
+    """Returns whether so many steps in a row were rejected that a run should stop.
+
+    A pure function, for a loop inside ``jit``: the condition of a ``lax.while_loop``,
+    or a flag that the step returns. `Recorder` has ``stop_after`` for loops outside.
+
+    Args:
+      opt_state: the state of an optimizer. Regulators are found in it at any depth.
+      after: steps, skipped or reverted, since the last accepted one, at least 1.
+
+    Returns:
+      A bool scalar: whether any regulator has rejected that many.
+
+    Raises:
+      ValueError: if ``after`` is less than 1, or there is no regulator in the state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx, params = lo.error_regulate(optax.sgd(0.1)), jnp.ones(2)
+      >>> state = tx.init(params)
+      >>> while not lo.is_stuck(state, after=6):
+      ...     _, state = tx.update(params, state, params, value=jnp.nan)
+      >>> int(state.num_rejected_in_a_row)
+      6
+    """
+    check_range("after", after, 1, float("inf"))
+    regulators = find_states(opt_state, ErrorRegulateState)
+    if not regulators:
+        raise ValueError("opt_state has no state of error_regulate in it.")
+    flags = [r.num_rejected_in_a_row >= after for r in regulators.values()]
+    return functools.reduce(jnp.logical_or, flags)

@@ -39,17 +39,20 @@ def _report(opt_state: optax.OptState) -> _Report:
     kinds: dict[Any, list[str]] = {}
     for name, x in report.items():
         kinds.setdefault(x.dtype, []).append(name)
-    vectors = [jnp.stack([report[name] for name in names]) for names in kinds.values()]
+    vectors = [jnp.stack([report[n] for n in names], -1) for names in kinds.values()]
     return _Report(vectors, tuple(map(tuple, kinds.values())))
 
 
 def _unpacked(block: Block) -> Block:
     """Returns a block of numpy arrays, in which the report is taken apart."""
-    scalars = {name: np.atleast_1d(x) for name, x in block.items() if name != _REPORT}
-    report = block.get(_REPORT, _Report([], ()))
+    if _REPORT not in block:
+        return {name: np.asarray(x) for name, x in block.items()}
+    report = block.pop(_REPORT)
+    step = block.pop("step")
+    scalars = {name: np.asarray(x)[None] for name, x in block.items()}
     for names, vector in zip(report.names, report.vectors, strict=True):
-        scalars |= zip(names, vector[:, None], strict=True)
-    return scalars
+        scalars |= zip(names, np.moveaxis(vector, -1, 0)[:, None], strict=True)
+    return scalars | {"step": step}
 
 
 class Recorder:
@@ -73,16 +76,21 @@ class Recorder:
     Args:
       writer: writes each scalar as it is fetched: any object with
         ``add_scalar(tag, value, step)``, such as ``tensorboardX.SummaryWriter(logdir)``
-        (``pip install lalerg_optax[tensorboard]``).
+        (``pip install lalerg_optax[tensorboard]``). Of a population, the mean.
+      prefix: of all tags that the writer is given, ``"optimizer/"``, say.
       first_step: number of the first step, for a run that is resumed.
       fetch_every: steps in a batch, at least 1. The last one or two batches are still
         on the device.
       window: steps in which interventions are counted, at least 1.
       max_skips: skips that are allowed in a window, at least 0.
       max_reverts: reverts that are allowed in a window, at least 0.
+      stop_after: if given, a `TooManyRejections` is raised once so many steps in a row
+        were skipped or reverted, at least 1. It is raised where a batch is fetched, so
+        up to two batches later; inside ``jit``, `is_stuck` tells at once.
 
     Raises:
       ValueError: for an argument outside its range.
+      TypeError: if the writer cannot write a scalar.
 
     Example:
       >>> import jax.numpy as jnp, optax, lalerg_optax as lo
@@ -103,17 +111,26 @@ class Recorder:
         self,
         writer: Writer | None = None,
         *,
+        prefix: str = "",
         first_step: int = 0,
         fetch_every: int = 100,
         window: int = 500,
         max_skips: int = 10,
         max_reverts: int = 5,
+        stop_after: int | None = None,
     ):
         check_range("fetch_every", fetch_every, 1, float("inf"))
+        if writer is not None and not hasattr(writer, "add_scalar"):
+            raise TypeError(
+                "writer must have a method add_scalar(tag, value, step), such as "
+                f"tensorboardX.SummaryWriter(logdir), got {writer!r}. To save a run to "
+                "a file: np.savez(path, **recorder.history())."
+            )
         self._writer = writer
         self._next_step = first_step
         self._fetch_every = fetch_every
-        self._watch = Watch(window, max_skips, max_reverts)
+        self._prefix = prefix
+        self._watch = Watch(window, max_skips, max_reverts, stop_after)
         self._pending: collections.deque[Block] = collections.deque()
         self._num_pending = 0
         self._fetched: list[Block] = []
@@ -124,16 +141,31 @@ class Recorder:
         Args:
           opt_state: the optimizer's state after the step. It may be donated to the
             next one. None where the step itself returns its metrics:
-            ``record(loss=loss, **report)``.
+            ``record(loss=loss, **report)``. Under ``vmap`` it is that of a population,
+            and ``history`` has a further axis, that of the members.
           **scalars: other scalars to record, such as the loss. Not every step
             needs to have every name: ``history`` has NaN in the gaps.
 
         Raises:
-          ValueError: if something is not a scalar.
+          ValueError: if something is not a scalar (one for each member), or has a name
+            that the metrics of ``opt_state`` have.
           TypeError: if called inside ``jit``.
         """
-        report = {} if opt_state is None else {_REPORT: _report(opt_state)}
-        self._append({**report, **_checked(scalars, ndim=0)}, 1)
+        if opt_state is None:
+            self._append(_stacked(_checked(scalars, shapes=((),))), 1)
+            self._fetch(self._fetch_every)
+            return
+        _check_concrete("opt_state", *jax.tree.leaves(opt_state))
+        report = _report(opt_state)
+        twice = scalars.keys() & {name for names in report.names for name in names}
+        if twice:
+            raise ValueError(
+                f"{', '.join(sorted(twice))} of opt_state would be overwritten: record "
+                "it under another name."
+            )
+        members = report.vectors[0].shape[:-1]
+        checked = _checked(scalars, shapes=((), members))
+        self._append({_REPORT: report, **checked}, 1)
         self._fetch(self._fetch_every)
 
     def extend(self, stacked: Mapping[str, Any] | None = None, /, **more: Any) -> None:
@@ -148,7 +180,7 @@ class Recorder:
           ValueError: if an array does not have exactly this axis.
           TypeError: if called inside ``jit``.
         """
-        block = _checked({**(stacked or {}), **more}, ndim=1)
+        block = _checked({**(stacked or {}), **more}, shapes=None)
         lengths = {name: len(x) for name, x in block.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"all arrays must have one length, got {lengths}.")
@@ -196,23 +228,46 @@ class Recorder:
             for block in blocks:
                 for name in block.keys() - {"step"}:
                     for step, x in zip(block["step"], block[name], strict=True):
-                        self._writer.add_scalar(name, float(x), int(step))
+                        tag = self._prefix + name
+                        self._writer.add_scalar(tag, float(np.mean(x)), int(step))
         self._fetched.append(joined(blocks))
         self._watch.look(self._fetched, len(self._fetched[-1]["step"]))
 
 
-def _checked(scalars: dict[str, Any], *, ndim: int) -> Block:
-    """Returns scalars, or stacked ones, in buffers that nobody else can donate."""
+def _check_concrete(name: str, *arrays: Any) -> None:
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        raise TypeError(
+            f"{name} is a tracer: a Recorder works outside of jit. Inside, return "
+            "lo.metrics(opt_state) and record what comes out."
+        )
+
+
+def _checked(
+    scalars: dict[str, Any], *, shapes: tuple[tuple[int, ...], ...] | None
+) -> Block:
+    """Returns scalars in buffers that nobody else can donate.
+
+    Args:
+      scalars: by name.
+      shapes: that they may have; None for stacked ones, with one axis.
+    """
     kept = {}
     for name, x in scalars.items():
-        if isinstance(x, jax.core.Tracer):
-            raise TypeError(
-                f"{name} is a tracer: a Recorder works outside of jit. Inside, return "
-                "lo.metrics(opt_state) and record what comes out."
-            )
+        _check_concrete(name, x)
         kept[name] = jnp.copy(x) if isinstance(x, jax.Array) else np.asarray(x)
-        if kept[name].ndim != ndim:
-            wanted = "an array over steps (one axis)" if ndim else "a scalar"
-            hint = "" if ndim else ": take the mean over what it has one value for"
-            raise ValueError(f"{name} must be {wanted}, got shape {np.shape(x)}{hint}.")
+        shape = np.shape(kept[name])
+        if shapes is None and len(shape) != 1:
+            raise ValueError(
+                f"{name} must be an array over steps (one axis), got shape {shape}."
+            )
+        if shapes is not None and shape not in shapes:
+            raise ValueError(
+                f"{name} must be a scalar, got shape {shape}: take the mean over what "
+                "it has one value for."
+            )
     return kept
+
+
+def _stacked(scalars: Block) -> Block:
+    """Returns the scalars of one step as arrays over steps."""
+    return {name: x[None] for name, x in scalars.items()}

@@ -194,7 +194,8 @@ def error_regulate(
         check_state("error_regulate", state, init_fn, params)
 
         # Measure.
-        last = unpack(RegulatorScalars, state.scalars)
+        base_rate = learning_rate(chained, state.inner_state)
+        last = unpack(RegulatorScalars, state.scalars)._replace(base_rate=base_rate)
         grad_norm = global_norm(updates)
         value = as_loss(value)
         squares = leaf_squares(updates, params) if local else None
@@ -202,13 +203,9 @@ def error_regulate(
             value, grad_norm = lax.pmean((value, grad_norm), axis_name)
 
         # Assess, look, decide, learn: scalars, except for the anchor.
+        is_judged = not is_flat or value is None
         seen = assess(
-            last,
-            state.history,
-            value,
-            grad_norm,
-            rule,
-            norm_is_judged=not is_flat or value is None,
+            last, state.history, value, grad_norm, rule, norm_is_judged=is_judged
         )
         decision = decide(last, seen, rule, has_value=value is not None)
         is_started = last.num_audits_passed > 0 if audit else jnp.ones((), jnp.bool_)
@@ -226,17 +223,8 @@ def error_regulate(
             axis_name=axis_name,
         )
         decision = overruled(decision, look.is_failed)
-        base_rate = learning_rate(chained, state.inner_state)
         scalars, history = learn(
-            last,
-            state.history,
-            grad_norm,
-            base_rate,
-            seen,
-            look,
-            decision,
-            is_started,
-            rule,
+            last, state.history, grad_norm, seen, look, decision, is_started, rule
         )
         # read back: later code takes it from memory instead of deciding again
         verdict, damping, avg_value = (

@@ -27,6 +27,22 @@ class InterventionWarning(UserWarning):
     """
 
 
+class TooManyRejections(RuntimeError):
+    """So many steps in a row were skipped or reverted that a run should stop.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx, params = lo.error_regulate(optax.sgd(0.1)), jnp.ones(2)
+      >>> state, recorder = tx.init(params), lo.Recorder(stop_after=5)
+      >>> for _ in range(9):
+      ...     _, state = tx.update(params, state, params, value=jnp.nan)
+      ...     recorder.record(state)
+      >>> recorder.flush()
+      Traceback (most recent call last):
+      lalerg_optax._watch.TooManyRejections: 9 steps in a row were rejected (up to ...
+    """
+
+
 class Watch:
     """Warns of more interventions in a window than expected.
 
@@ -34,12 +50,18 @@ class Watch:
       window: steps in which interventions are counted, at least 1.
       max_skips: skips that are allowed in a window, at least 0.
       max_reverts: reverts that are allowed in a window, at least 0.
+      stop_after: rejected steps in a row that stop a run, at least 1; None for never.
 
     Raises:
       ValueError: for an argument outside its range.
     """
 
-    def __init__(self, window: int, max_skips: int, max_reverts: int):
+    def __init__(
+        self, window: int, max_skips: int, max_reverts: int, stop_after: int | None
+    ):
+        if stop_after is not None:
+            check_range("stop_after", stop_after, 1, float("inf"))
+        self._stop_after = stop_after
         check_range("window", window, 1, float("inf"))
         check_range("max_skips", max_skips, 0, float("inf"))
         check_range("max_reverts", max_reverts, 0, float("inf"))
@@ -52,7 +74,11 @@ class Watch:
     def look(self, blocks: list[Block], num_new: int) -> None:
         """Warns where interventions pile up in a window that ends at a new step.
 
-        Also warns once in a run of each kind that recurs, however far apart.
+        Also warns once in a run of each kind that recurs, however far apart. Of a
+        population, each member is looked at, and the worst is told.
+
+        Raises:
+          TooManyRejections: if too many steps in a row were rejected.
         """
         recent: list[Block] = []
         num_recent = 0
@@ -70,34 +96,57 @@ class Watch:
                 if (group, kind) not in self._warned:
                     self._warned.add((group, kind))
                     warnings.warn(text, InterventionWarning, stacklevel=4)
-            num_skips = _sums(tail[name] == Verdict.SKIP, self._window)
-            num_reverts = _sums(tail[name] == Verdict.REVERT, self._window)
+            self._stop(group, tail, num_new)
+            verdict = tail[name].reshape(len(tail[name]), -1)  # steps, members
+            num_skips = _sums(verdict == Verdict.SKIP, self._window)
+            num_reverts = _sums(verdict == Verdict.REVERT, self._window)
             num_reverts = -(-num_reverts // _STEPS_PER_REVERT)
             is_many = num_skips > self._max_skips
             is_many |= num_reverts > self._max_reverts
             is_many[:-num_new] = False
             last = self._last_warning.get(group)
             if last is not None:
-                is_many &= tail["step"] >= last + self._window
+                is_many &= (tail["step"] >= last + self._window)[:, None]
             if not is_many.any():
                 continue
-            end = int(np.argmax(np.where(is_many, num_skips + num_reverts, -1)))
+            number = np.where(is_many, num_skips + num_reverts, -1)
+            end, member = map(int, np.unravel_index(np.argmax(number), number.shape))
             self._last_warning[group] = int(tail["step"][end])
             window = slice(max(0, end + 1 - self._window), end + 1)
             part = {
-                key.removeprefix(group): x[window]
+                key.removeprefix(group): _of_member(x[window], member)
                 for key, x in tail.items()
                 if key.startswith(group) or key == "step"
             }
-            text = _warning(group, int(num_skips[end]), int(num_reverts[end]), part)
-            warnings.warn(text, InterventionWarning, stacklevel=4)
+            counts = int(num_skips[end, member]), int(num_reverts[end, member])
+            who = _of(group)
+            if verdict.shape[1] > 1:
+                num_more = int(is_many.any(axis=0).sum()) - 1
+                who += f"member {member} (and {num_more} more): "
+            warnings.warn(_warning(who, *counts, part), InterventionWarning, 4)
+
+    def _stop(self, group: str, tail: Block, num_new: int) -> None:
+        """Raises a TooManyRejections if too many new steps in a row were rejected."""
+        in_a_row = tail.get(group + "num_rejected_in_a_row")
+        if self._stop_after is None or in_a_row is None:
+            return
+        most = int(np.nanmax(in_a_row[-num_new:], initial=0))
+        if most >= self._stop_after:
+            where = np.argwhere(in_a_row[-num_new:] == most)[0]
+            step = int(tail["step"][-num_new:][where[0]])
+            raise TooManyRejections(
+                f"{_of(group)}{most} steps in a row were rejected (up to step {step}): "
+                "going back has not helped, so look at data, loss function and "
+                "whatever the optimizer does not see. lalerg_optax.healthy_params "
+                "are the last params that were good."
+            )
 
     @staticmethod
     def _recurring(group: str, tail: Block) -> Iterator[tuple[str, str]]:
         """Yields each kind of rejection that recurs in this run, and its warning."""
         last = {
-            name: tail[group + name][-1]
-            for name in ("skips_left", "num_harmful")
+            name: worst(tail[group + name][-1])
+            for name, worst in (("skips_left", np.min), ("num_harmful", np.max))
             if group + name in tail
         }
         step = int(tail["step"][-1])
@@ -128,7 +177,8 @@ def joined(blocks: list[Block]) -> Block:
     def column(block: Block, name: str) -> np.ndarray:
         if name in block:
             return block[name]
-        return np.full(len(block["step"]), np.nan, np.float32)
+        shape = next(b[name].shape[1:] for b in blocks if name in b)
+        return np.full((len(block["step"]), *shape), np.nan, np.float32)
 
     return {
         name: np.concatenate([column(block, name) for block in blocks])
@@ -137,12 +187,19 @@ def joined(blocks: list[Block]) -> Block:
 
 
 def _sums(flags: np.ndarray, window: int) -> np.ndarray:
-    """Returns how many of the last flags are set, at each of them."""
-    total = np.cumsum(flags)
-    return total - np.concatenate([np.zeros(window, total.dtype), total])[: len(total)]
+    """Returns how many of the last flags are set, at each of them, along axis 0."""
+    total = np.cumsum(flags, axis=0)
+    before = np.concatenate([np.zeros((window, *total.shape[1:]), total.dtype), total])
+    return total - before[: len(total)]
 
 
-def _warning(group: str, num_skips: int, num_reverts: int, part: Block) -> str:
+def _of_member(column: np.ndarray, member: int) -> np.ndarray:
+    """Returns what a column has of one member of a population."""
+    rows = column.reshape(len(column), -1)
+    return rows[:, member if rows.shape[1] > 1 else 0]
+
+
+def _warning(who: str, num_skips: int, num_reverts: int, part: Block) -> str:
     """Returns the warning for a window: how many interventions, and which signals."""
     is_rejected = np.isin(part["verdict"], (Verdict.SKIP, Verdict.REVERT))
 
@@ -162,7 +219,7 @@ def _warning(group: str, num_skips: int, num_reverts: int, part: Block) -> str:
         f"{name} ({_number(counts[name], 'step')})" for name in ranked if counts[name]
     ]
     text = (
-        f"{_of(group)}"
+        f"{who}"
         f"{_number(num_reverts, 'revert')} and {_number(num_skips, 'skip')} in "
         f"{len(is_rejected)} steps (up to step {int(part['step'][-1])}): protection "
         f"can hide a bug; look at "
@@ -173,6 +230,11 @@ def _warning(group: str, num_skips: int, num_reverts: int, part: Block) -> str:
         norm = np.nanmax(part[f"grad_norm/{gradient}"][is_rejected])
         size = "one that is not finite" if norm >= _NOT_FINITE else f"up to {norm:.1e}"
         text += f" There the largest gradient was that of {gradient} ({size})."
+    if num_reverts:
+        text += (
+            " If params, data or loss were changed on purpose, say so with "
+            "lalerg_optax.rebase."
+        )
     is_before = ~is_rejected & np.append(is_rejected[1:], False)
     mover = _leading_leaf(part, "predicted_decrease/", is_before)
     if mover:

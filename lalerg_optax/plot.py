@@ -87,6 +87,12 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
             "regulators give the group."
         )
     series = {name: np.asarray(x) for name, x in history.items()}
+    if series[f"{prefix}verdict"].ndim != 1:
+        raise ValueError(
+            "history is that of a population: draw one member, "
+            "plot.run({name: x[:, 0] if x.ndim > 1 else x for name, x in "
+            "history.items()})."
+        )
     series |= {name.removeprefix(prefix): x for name, x in series.items()}
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     panels = figure.subplots(3, sharex=True, height_ratios=(3, 2, 2))
@@ -160,6 +166,16 @@ def _draw_rates(axes: Axes, steps: np.ndarray, series: History) -> None:
     axes.set_ylabel("times your\nlearning rate")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.3), max(high, 3.0))
+    rate = np.asarray(series.get("learning_rate", np.zeros(len(steps))), float)
+    if not (rate > 0.0).any():
+        return  # it is not known, or was not recorded
+    other = axes.twinx()
+    shown = np.where(rate > 0.0, rate, np.nan)
+    other.plot(steps, shown, color=_GREEN, lw=1.2)
+    axes.plot([], [], color=_GREEN, lw=1.2, label="learning rate (right)")
+    other.set_yscale("log", base=10)
+    other.set_ylabel("learning rate", fontsize=9)
+    other.spines[["top"]].set_visible(False)
 
 
 def _draw_errors(axes: Axes, steps: np.ndarray, series: History) -> None:

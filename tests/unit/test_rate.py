@@ -1,4 +1,4 @@
-"""The learning rate in effect: of any optimizer of Optax, and of what is made of them."""
+"""The learning rate in effect: of any optimizer of Optax, and of what holds some."""
 
 import functools
 

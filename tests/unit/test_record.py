@@ -249,3 +249,100 @@ def test_a_real_run_of_bad_batches_warns():
     run(recorder, losses=[1.0] * 5 + [float("nan")] * 20)
     with pytest.warns(lo.InterventionWarning, match="look at what is not finite"):
         recorder.flush()
+
+
+# ---- Stopping, and populations -------------------------------------------------------
+
+
+def skipped(num_steps, state=None):
+    state = TX.init(PARAMS) if state is None else state
+    for _ in range(num_steps):
+        _, state = TX.update(PARAMS, state, PARAMS, value=jnp.nan)
+    return state
+
+
+def test_a_run_that_is_stuck_is_stopped_at_the_next_fetch():
+    recorder, state = lo.Recorder(stop_after=4, fetch_every=1), TX.init(PARAMS)
+    with pytest.raises(lo.TooManyRejections, match=r"4 steps in a row were rejected"):
+        for _ in range(10):
+            state = skipped(1, state)
+            recorder.record(state)
+            recorder.flush()
+
+
+def test_it_is_not_stopped_before():
+    recorder, state = lo.Recorder(stop_after=4), TX.init(PARAMS)
+    for value in [jnp.nan, jnp.nan, jnp.nan, 1.0] * 3:
+        _, state = TX.update(PARAMS, state, PARAMS, value=value)
+        recorder.record(state)
+    assert len(recorder.history()["step"]) == 12
+
+
+def test_is_stuck_tells_inside_a_compiled_loop():
+    def not_stuck(carry):
+        return ~lo.is_stuck(carry, after=6)
+
+    def step(state):
+        return TX.update(PARAMS, state, PARAMS, value=jnp.nan)[1]
+
+    end = jax.jit(lambda state: jax.lax.while_loop(not_stuck, step, state))
+    assert end(TX.init(PARAMS)).num_rejected_in_a_row == 6
+    with pytest.raises(ValueError, match="after must be in the range"):
+        lo.is_stuck(TX.init(PARAMS), after=0)
+
+
+def population(values):
+    def run(value):
+        state = TX.init(PARAMS)
+        _, state = TX.update(PARAMS, state, PARAMS, value=value)
+        return state
+
+    return jax.vmap(run)(jnp.asarray(values))
+
+
+def test_a_population_is_recorded_member_by_member():
+    recorder = lo.Recorder()
+    for _ in range(3):
+        recorder.record(population([1.0, jnp.nan, 3.0]), loss=jnp.arange(3.0), lr=0.1)
+    history = recorder.history()
+    assert history["verdict"].tolist() == [[0, 1, 0]] * 3
+    assert history["loss"].shape == (3, 3)
+    assert history["lr"].shape == (3,)
+
+
+def test_the_worst_member_is_told():
+    recorder = lo.Recorder(window=10, max_skips=2)
+    for _ in range(5):
+        recorder.record(population([1.0, jnp.nan, jnp.nan]))
+    with pytest.warns(lo.InterventionWarning, match=r"member 1 \(and 1 more\): 0 rev"):
+        recorder.flush()
+
+
+def test_a_writer_gets_prefixed_tags_and_the_mean_of_members():
+    written = []
+
+    class Writer:
+        def add_scalar(self, tag, value, step):
+            written.append((tag, value, step))
+
+    recorder = lo.Recorder(Writer(), prefix="run/")
+    recorder.record(population([1.0, 1.0]), loss=jnp.array([1.0, 3.0]))
+    recorder.flush()
+    assert ("run/loss", 2.0, 0) in written
+    assert {tag.startswith("run/") for tag, *_ in written} == {True}
+
+
+def test_a_path_is_no_writer():
+    with pytest.raises(TypeError, match=r"np\.savez\(path, \*\*recorder\.history"):
+        lo.Recorder("runs/1")
+
+
+def test_a_metric_is_not_overwritten():
+    with pytest.raises(ValueError, match="verdict of opt_state would be overwritten"):
+        lo.Recorder().record(TX.init(PARAMS), verdict=3)
+
+
+def test_a_state_inside_jit_is_refused():
+    recorder = lo.Recorder()
+    with pytest.raises(TypeError, match="opt_state is a tracer"):
+        jax.jit(recorder.record)(TX.init(PARAMS))
