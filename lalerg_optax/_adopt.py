@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._accumulate import AccumulateState
 from ._macro import ScaleByMacroRateState, with_rate_found
 from ._micro import ScaleByMicroRateState
 from ._records import RegulatorScalars
@@ -59,6 +60,9 @@ def adopt(
       its best alignment is taken to be 1. With ``search=True`` it goes on in small
       steps by the loss, and leaps only where the alignment is clearly above a half.
       ``search=False`` leaves the rate alone: use it if the rate was right.
+
+    * `accumulate` and ``optax.MultiSteps`` may come or go. A group of micro-batches
+      that is not complete is then lost, and groups are counted from 0.
 
     On the way back the factors of the learning rate, ``macro_rate`` and
     ``damping_factor`` (`metrics`), are dropped: where they are not 1, multiply the
@@ -160,6 +164,13 @@ def _is_adam(node: Any) -> bool:
     return isinstance(node, optax.ScaleByAdamState | ScaleByMicroRateState)
 
 
+def _accumulated(node: Any) -> Any:
+    """Returns the state inside of one that accumulates micro-batches, or None."""
+    if isinstance(node, AccumulateState):
+        return node.inner_state
+    return node.inner_opt_state if isinstance(node, optax.MultiStepsState) else None
+
+
 def _is_wrapper(node: Any) -> bool:
     is_own = isinstance(node, ErrorRegulateState) or _is_adam(node)
     return _is_state(node) and not is_own
@@ -169,6 +180,8 @@ def _parts(state: Any) -> list[Any]:
     """Returns the states in a chain, at any depth, in their order."""
     if isinstance(state, ErrorRegulateState):
         return [state, *_parts(state.inner_state)]
+    if _accumulated(state) is not None:
+        return _parts(_accumulated(state))
     if isinstance(state, tuple) and not _is_state(state):
         return [part for link in state for part in _parts(link)]
     return [state] if jax.tree.leaves(state) else []
@@ -189,6 +202,12 @@ def _fill(new: Any, parts: list[Any], num_steps: jax.Array | None) -> Any:
         return tuple(_fill(link, parts, num_steps) for link in new)
     if not jax.tree.leaves(new):
         return new
+    if isinstance(new, AccumulateState):
+        inner_state = _fill(new.inner_state, parts, num_steps)
+        return new._replace(inner_state=inner_state)
+    if isinstance(new, optax.MultiStepsState):
+        inner_state = _fill(new.inner_opt_state, parts, num_steps)
+        return new._replace(inner_opt_state=inner_state)
 
     def is_counterpart(part: Any) -> bool:
         return type(part) is type(new) or (_is_adam(part) and _is_adam(new))

@@ -1,7 +1,7 @@
 """Watch: counts the interventions of a run, and warns when they pile up."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,59 +46,68 @@ class Watch:
         self._window = window
         self._max_skips = max_skips
         self._max_reverts = max_reverts
+        self._recent: dict[str, list[Block]] = {}  # of each group
+        self._num_steps: dict[str, int] = {}
         self._last_warning: dict[str, int] = {}
         self._warned: set[tuple[str, str]] = set()
 
-    def look(self, blocks: list[Block], num_new: int) -> None:
+    def look(self, block: Block) -> None:
         """Warns where interventions pile up in a window that ends at a new step.
 
         Also warns once in a run of each kind that recurs, however far apart.
         """
-        recent: list[Block] = []
-        num_recent = 0
-        for block in reversed(blocks):
-            recent.insert(0, block)
-            num_recent += len(block["step"])
-            if num_recent >= num_new + self._window:
-                break
-        tail = joined(recent)
-        for name in tail:
-            if name.rpartition("/")[2] != "verdict":
-                continue
-            group = name.removesuffix("verdict")
-            for kind, text in self._recurring(group, tail):
-                if (group, kind) not in self._warned:
-                    self._warned.add((group, kind))
-                    warnings.warn(text, InterventionWarning, stacklevel=4)
-            num_skips = _sums(tail[name] == Verdict.SKIP, self._window)
-            num_reverts = _sums(tail[name] == Verdict.REVERT, self._window)
-            num_reverts = -(-num_reverts // _STEPS_PER_REVERT)
-            is_many = num_skips > self._max_skips
-            is_many |= num_reverts > self._max_reverts
-            is_many[:-num_new] = False
-            last = self._last_warning.get(group)
-            if last is not None:
-                is_many &= tail["step"] >= last + self._window
-            if not is_many.any():
-                continue
-            end = int(np.argmax(np.where(is_many, num_skips + num_reverts, -1)))
-            self._last_warning[group] = int(tail["step"][end])
-            window = slice(max(0, end + 1 - self._window), end + 1)
-            part = {
-                key.removeprefix(group): x[window]
-                for key, x in tail.items()
+        for name in block:
+            if name.rpartition("/")[2] == "verdict":
+                self._look_at(name.removesuffix("verdict"), block)
+
+    def _look_at(self, group: str, block: Block) -> None:
+        rows = is_step(block, group)
+        num_new = int(rows.sum())
+        if not num_new:
+            return
+        recent = self._recent.setdefault(group, [])
+        recent.append(
+            {
+                key.removeprefix(group): x[rows]
+                for key, x in block.items()
                 if key.startswith(group) or key == "step"
             }
-            text = _warning(group, int(num_skips[end]), int(num_reverts[end]), part)
-            warnings.warn(text, InterventionWarning, stacklevel=4)
+        )
+        num_known = sum(len(part["step"]) for part in recent)
+        while num_known - len(recent[0]["step"]) >= num_new + self._window:
+            num_known -= len(recent.pop(0)["step"])
+        tail = joined(recent)
+        for kind, text in self._recurring(group, tail):
+            if (group, kind) not in self._warned:
+                self._warned.add((group, kind))
+                warnings.warn(text, InterventionWarning, stacklevel=5)
+        num_skips = _sums(tail["verdict"] == Verdict.SKIP, self._window)
+        num_reverts = _sums(tail["verdict"] == Verdict.REVERT, self._window)
+        num_reverts = -(-num_reverts // _STEPS_PER_REVERT)
+        is_many = num_skips > self._max_skips
+        is_many |= num_reverts > self._max_reverts
+        is_many[:-num_new] = False
+        first = self._num_steps.get(group, 0) + num_new - num_known
+        self._num_steps[group] = first + num_known
+        last = self._last_warning.get(group)
+        if last is not None:
+            is_many &= np.arange(first, first + num_known) >= last + self._window
+        if not is_many.any():
+            return
+        end = int(np.argmax(np.where(is_many, num_skips + num_reverts, -1)))
+        self._last_warning[group] = first + end
+        window = slice(max(0, end + 1 - self._window), end + 1)
+        part = {key: x[window] for key, x in tail.items()}
+        text = _warning(group, int(num_skips[end]), int(num_reverts[end]), part)
+        warnings.warn(text, InterventionWarning, stacklevel=5)
 
     @staticmethod
     def _recurring(group: str, tail: Block) -> Iterator[tuple[str, str]]:
         """Yields each kind of rejection that recurs in this run, and its warning."""
         last = {
-            name: tail[group + name][-1]
+            name: tail[name][-1]
             for name in ("skips_left", "num_harmful")
-            if group + name in tail
+            if name in tail
         }
         step = int(tail["step"][-1])
         if last.get("skips_left", np.inf) < 1.0:
@@ -134,6 +143,17 @@ def joined(blocks: list[Block]) -> Block:
         name: np.concatenate([column(block, name) for block in blocks])
         for name in names
     }
+
+
+def is_step(block: Mapping[str, np.ndarray], group: str = "") -> np.ndarray:
+    """Returns at which rows a group took a step: not while it accumulates."""
+    prefix = group
+    while prefix and f"{prefix}has_updated" not in block:
+        prefix = prefix[: prefix.rstrip("/").rfind("/") + 1]  # what is around it
+    has_updated = block.get(f"{prefix}has_updated")
+    if has_updated is None:
+        return np.ones(len(block[f"{group}verdict"]), bool)
+    return np.asarray(has_updated) != 0  # where nothing was recorded there is NaN
 
 
 def _sums(flags: np.ndarray, window: int) -> np.ndarray:

@@ -26,7 +26,7 @@ FLOORS = (
     "_regulate",
     "_lalerg",
     # around it
-    "_adapters _carry _adopt _apply _monitor _watch _record flax plot",
+    "_accumulate _adapters _carry _adopt _apply _monitor _watch _record flax plot",
     "__init__",
 )
 FLOOR_OF = {name: i for i, floor in enumerate(FLOORS) for name in floor.split()}
