@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ._accumulate import AccumulateState
+from ._find import find_states
 from ._macro import ScaleByMacroRateState, with_rate_found
 from ._micro import ScaleByMicroRateState
 from ._records import RegulatorScalars
@@ -119,7 +120,7 @@ def _take_over(new: Any, old: Any) -> Any:
         )
     if not (isinstance(new, tuple) and isinstance(old, tuple)):
         return _same(new, old)  # raises: they differ
-    parts = _parts(old)
+    parts = _parts(old, wanted=new)
     taken = _fill(new, parts, _num_steps(parts))
     lost = [type(part).__name__ for part in parts if not isinstance(part, _OPTIONAL)]
     if lost:
@@ -164,11 +165,11 @@ def _is_adam(node: Any) -> bool:
     return isinstance(node, optax.ScaleByAdamState | ScaleByMicroRateState)
 
 
-def _accumulated(node: Any) -> Any:
-    """Returns the state inside of one that accumulates micro-batches, or None."""
+def _inside(node: Any) -> str | None:
+    """Returns the field inside of a state that accumulates micro-batches, or None."""
     if isinstance(node, AccumulateState):
-        return node.inner_state
-    return node.inner_opt_state if isinstance(node, optax.MultiStepsState) else None
+        return "inner_state"
+    return "inner_opt_state" if isinstance(node, optax.MultiStepsState) else None
 
 
 def _is_wrapper(node: Any) -> bool:
@@ -176,14 +177,18 @@ def _is_wrapper(node: Any) -> bool:
     return _is_state(node) and not is_own
 
 
-def _parts(state: Any) -> list[Any]:
-    """Returns the states in a chain, at any depth, in their order."""
+def _parts(state: Any, wanted: Any) -> list[Any]:
+    """Returns the states in a chain, at any depth, in their order.
+
+    One that accumulates is unwrapped, unless there is one of its kind in the other.
+    """
     if isinstance(state, ErrorRegulateState):
-        return [state, *_parts(state.inner_state)]
-    if _accumulated(state) is not None:
-        return _parts(_accumulated(state))
+        return [state, *_parts(state.inner_state, wanted)]
+    field = _inside(state)
+    if field is not None and not find_states(wanted, type(state)):
+        return _parts(getattr(state, field), wanted)
     if isinstance(state, tuple) and not _is_state(state):
-        return [part for link in state for part in _parts(link)]
+        return [part for link in state for part in _parts(link, wanted)]
     return [state] if jax.tree.leaves(state) else []
 
 
@@ -202,12 +207,6 @@ def _fill(new: Any, parts: list[Any], num_steps: jax.Array | None) -> Any:
         return tuple(_fill(link, parts, num_steps) for link in new)
     if not jax.tree.leaves(new):
         return new
-    if isinstance(new, AccumulateState):
-        inner_state = _fill(new.inner_state, parts, num_steps)
-        return new._replace(inner_state=inner_state)
-    if isinstance(new, optax.MultiStepsState):
-        inner_state = _fill(new.inner_opt_state, parts, num_steps)
-        return new._replace(inner_opt_state=inner_state)
 
     def is_counterpart(part: Any) -> bool:
         return type(part) is type(new) or (_is_adam(part) and _is_adam(new))
@@ -217,6 +216,10 @@ def _fill(new: Any, parts: list[Any], num_steps: jax.Array | None) -> Any:
     if isinstance(new, ErrorRegulateState):
         inner_state = _fill(new.inner_state, parts, num_steps)
         return _regulated(new, part)._replace(inner_state=inner_state)
+    field = _inside(new)
+    if part is None and field is not None:
+        filled = _fill(getattr(new, field), parts, num_steps)
+        return new._replace(**{field: filled})
     if part is None:
         return _begun(new, num_steps)
     if not _is_adam(new):
