@@ -491,11 +491,11 @@ def train_with_multi_steps(losses, grads, **settings):
     def step(carry, signal):
         params, state, mean = carry
         loss, grad = signal
-        mean = jnp.where(state.mini_step == 0, 0.0, mean)
-        mean += (loss - mean) / (state.mini_step + 1)
-        updates, new_state = tx.update(grad, state, params, value=mean)
-        is_used = new_state.mini_step != state.mini_step
-        mean = jnp.where(is_used, mean, carry[2])
+        before = jnp.where(state.mini_step == 0, 0.0, mean)
+        value = before + (loss - before) / (state.mini_step + 1)
+        updates, new_state = tx.update(grad, state, params, value=value)
+        is_skipped = new_state.skip_state["should_skip"] if settings else False
+        mean = jnp.where(is_skipped, mean, value)
         params = lo.apply_updates(params, updates, new_state)
         return (params, new_state, mean), lo.metrics(new_state)
 
