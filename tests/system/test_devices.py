@@ -195,7 +195,9 @@ def test_means_of_micro_batches_are_sharded_like_the_params(layout):
     run = train_sharded(accumulated(name), layout)
     assert_same_accumulation(run, accumulated_on_one_device(name))
     state = run[1]
-    for tree in (run[0], state.mean_grads, state.inner_state.anchor):
+    first = accumulated(name).init(put(init_params(), make_mesh(), SHARDINGS[layout]))
+    trees = run[0], state.mean_grads, state.inner_state.anchor, first.mean_grads
+    for tree in trees:
         for key, leaf in tree.items():
             wanted = NamedSharding(make_mesh(), SHARDINGS[layout][key])
             assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), key

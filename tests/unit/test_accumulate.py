@@ -159,6 +159,17 @@ def test_state_and_updates_keep_their_types(tree, tx):
         state = new_state
 
 
+def test_an_optimizer_that_would_change_its_types_is_kept_to_them():
+    tx, params = lo.accumulate(optax.adam(0.1), 2), jnp.ones(2, jnp.bfloat16)
+    grads = jnp.ones(2, jnp.float32)  # Adam's moments would become float32
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(2):
+        updates, new_state = update(grads, state, params, value=1.0)
+        assert types(new_state) == types(state)
+        state = new_state
+    assert updates.dtype == jnp.bfloat16
+
+
 # ---- Silent steps --------------------------------------------------------------------
 
 

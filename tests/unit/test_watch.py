@@ -7,6 +7,7 @@ import pytest
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
+from lalerg_optax._watch import is_step
 
 ACCEPT, SKIP, REVERT, BOUND = map(int, Verdict)
 
@@ -219,6 +220,13 @@ def test_what_never_gets_well_warns_once_in_a_window_of_steps():
     held, has_updated = repeated(bad, 4)
     messages = told_of(held, has_updated=has_updated)
     assert 5 <= len(messages) <= 7
+
+
+@pytest.mark.parametrize("name", ["", "a/", "a/b/"])
+def test_whatever_is_around_a_group_says_when_it_decides(name):
+    block = {"a/b/verdict": np.zeros(3), f"{name}has_updated": np.array([0, 1, np.nan])}
+    block["c/has_updated"] = block["a/d/has_updated"] = np.zeros(3)
+    assert is_step(block, "a/b/").tolist() == [False, True, True]
 
 
 def test_the_group_around_a_regulator_says_when_it_decides():
