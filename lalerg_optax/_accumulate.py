@@ -148,9 +148,9 @@ def accumulate(
     Means are kept in float32, or wider. If all of a group are dropped, a regulator in
     ``tx`` sees a step that is not finite, because the params may be damaged; any other
     ``tx`` is not run. ``tx`` runs once a group, in a conditional. The memory that this
-    takes is the accumulator, where the update is kept as well: temporaries are those of
-    ``tx``, and for bfloat16 params 2 bytes a parameter more (``optax.MultiSteps``: 12
-    to 16 in float32). See ``docs/accumulate.md``.
+    takes is the accumulator, where the update is kept as well: with JAX 0.12,
+    temporaries are those of ``tx``, and for bfloat16 params 2 bytes a parameter more
+    (``optax.MultiSteps``: 12 to 16 in float32). See ``docs/accumulate.md``.
     """
     check_transformation("tx", tx)
     _check_every_k(every_k)
