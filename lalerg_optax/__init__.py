@@ -1,5 +1,7 @@
 """Two-Level Adaptive Learning with Error-Regulated Gradient, for Optax."""
 
+from ._accumulate import AccumulateState as AccumulateState
+from ._accumulate import accumulate as accumulate
 from ._adapters import TracksParamsState as TracksParamsState
 from ._adapters import tracks_params as tracks_params
 from ._adapters import without_value as without_value

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._accumulate import AccumulateState
+from ._find import find_states
 from ._macro import ScaleByMacroRateState, with_rate_found
 from ._micro import ScaleByMicroRateState
 from ._records import RegulatorScalars
@@ -59,6 +61,9 @@ def adopt(
       its best alignment is taken to be 1. With ``search=True`` it goes on in small
       steps by the loss, and leaps only where the alignment is clearly above a half.
       ``search=False`` leaves the rate alone: use it if the rate was right.
+
+    * `accumulate` and ``optax.MultiSteps`` may come or go. A group of micro-batches
+      that is not complete is then lost, and groups are counted from 0.
 
     On the way back the factors of the learning rate, ``macro_rate`` and
     ``damping_factor`` (`metrics`), are dropped: where they are not 1, multiply the
@@ -115,7 +120,7 @@ def _take_over(new: Any, old: Any) -> Any:
         )
     if not (isinstance(new, tuple) and isinstance(old, tuple)):
         return _same(new, old)  # raises: they differ
-    parts = _parts(old)
+    parts = _parts(old, wanted=new)
     taken = _fill(new, parts, _num_steps(parts))
     lost = [type(part).__name__ for part in parts if not isinstance(part, _OPTIONAL)]
     if lost:
@@ -160,17 +165,30 @@ def _is_adam(node: Any) -> bool:
     return isinstance(node, optax.ScaleByAdamState | ScaleByMicroRateState)
 
 
+def _inside(node: Any) -> str | None:
+    """Returns the field inside of a state that accumulates micro-batches, or None."""
+    if isinstance(node, AccumulateState):
+        return "inner_state"
+    return "inner_opt_state" if isinstance(node, optax.MultiStepsState) else None
+
+
 def _is_wrapper(node: Any) -> bool:
     is_own = isinstance(node, ErrorRegulateState) or _is_adam(node)
     return _is_state(node) and not is_own
 
 
-def _parts(state: Any) -> list[Any]:
-    """Returns the states in a chain, at any depth, in their order."""
+def _parts(state: Any, wanted: Any) -> list[Any]:
+    """Returns the states in a chain, at any depth, in their order.
+
+    One that accumulates is unwrapped, unless there is one of its kind in the other.
+    """
     if isinstance(state, ErrorRegulateState):
-        return [state, *_parts(state.inner_state)]
+        return [state, *_parts(state.inner_state, wanted)]
+    field = _inside(state)
+    if field is not None and not find_states(wanted, type(state)):
+        return _parts(getattr(state, field), wanted)
     if isinstance(state, tuple) and not _is_state(state):
-        return [part for link in state for part in _parts(link)]
+        return [part for link in state for part in _parts(link, wanted)]
     return [state] if jax.tree.leaves(state) else []
 
 
@@ -198,6 +216,10 @@ def _fill(new: Any, parts: list[Any], num_steps: jax.Array | None) -> Any:
     if isinstance(new, ErrorRegulateState):
         inner_state = _fill(new.inner_state, parts, num_steps)
         return _regulated(new, part)._replace(inner_state=inner_state)
+    field = _inside(new)
+    if part is None and field is not None:
+        filled = _fill(getattr(new, field), parts, num_steps)
+        return new._replace(**{field: filled})
     if part is None:
         return _begun(new, num_steps)
     if not _is_adam(new):

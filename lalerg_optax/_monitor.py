@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
+from ._accumulate import AccumulateState, has_regulator
 from ._checks import FORMER_NAMES, check_range
 from ._find import find_states
 from ._local import LocalView
@@ -46,6 +48,33 @@ def _of_leaves(regulator: ErrorRegulateState) -> Iterator[tuple[str, str, jax.Ar
         for i, leaf in enumerate(leaves):
             scalar = lax.index_in_dim(vector, i, axis=-1, keepdims=False)
             yield name.removeprefix("leaf_"), leaf, scalar
+
+
+def _scalar(node: Any) -> jax.Array:
+    (scalar,) = jax.tree.leaves(node)  # NNX wraps it in a variable
+    return scalar
+
+
+def _of_groups(opt_state: optax.OptState) -> Iterator[tuple[str, str, jax.Array]]:
+    """Yields label, name and scalar of whatever accumulates micro-batches.
+
+    One that is inside of a regulator does not say when that one judges.
+    """
+    is_judged = has_regulator(opt_state)
+    for label, state in find_states(opt_state, AccumulateState).items():
+        if has_regulator(state) or not is_judged:
+            micro_step = _scalar(state.micro_step)
+            is_begun = _scalar(state.num_groups) > 0
+            yield label, "has_updated", (micro_step == 0) & is_begun
+            yield label, "micro_step", micro_step
+            yield label, "num_dropped", _scalar(state.num_dropped)
+    for label, state in find_states(opt_state, optax.MultiStepsState).items():
+        if has_regulator(state):
+            is_begun = _scalar(state.gradient_step) > 0
+            has_updated = (_scalar(state.mini_step) == 0) & is_begun
+            if "should_skip" in state.skip_state:  # then the counts did not move
+                has_updated &= ~_scalar(state.skip_state["should_skip"])
+            yield label, "has_updated", has_updated
 
 
 def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
@@ -109,6 +138,18 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     ``optax.inject_hyperparams``; not where groups have different ones, nor in the flat
     form. Where the state has further axes (under ``vmap``), so has every scalar.
 
+    Around a regulator, `accumulate` adds the following, and ``optax.MultiSteps`` the
+    first (with a ``should_skip_update_fn`` of your own, only if it tells
+    ``should_skip``, as those of Optax do). All other keys are those of the last step.
+
+    ======================  ========================================================
+    key                     meaning
+    ======================  ========================================================
+    has_updated             whether the last micro-batch completed a step (bool)
+    micro_step              micro-batches of the present group so far (int32)
+    num_dropped             micro-batches that were not finite (int32)
+    ======================  ========================================================
+
     ``damping`` and ``num_reverted`` are deprecated names of ``damping_factor`` and
     ``num_revert_steps``; they will be removed in 0.3.
 
@@ -136,13 +177,14 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     regulators = find_states(opt_state, ErrorRegulateState)
     macros = find_states(opt_state, ScaleByMacroRateState)
     micros = find_states(opt_state, ScaleByMicroRateState)
-    if not (regulators or macros or micros):
+    accumulated = {label + name: x for label, name, x in _of_groups(opt_state)}
+    if not (regulators or macros or micros or accumulated):
         raise ValueError(
-            "opt_state has no state of error_regulate, scale_by_macro_rate or "
-            "scale_by_micro_rate in it. Pass what tx.update returned; with Flax NNX "
-            "that is optimizer.opt_state."
+            "opt_state has no state of error_regulate, scale_by_macro_rate, "
+            "scale_by_micro_rate or accumulate in it. Pass what tx.update returned; "
+            "with Flax NNX that is optimizer.opt_state."
         )
-    groups = {**regulators, **macros, **micros}
+    groups = {**regulators, **macros, **micros} or {"": None}
     report: dict[str, jax.Array] = {}
     for label, regulator in regulators.items():
         for name in _REGULATOR_FIELDS:
@@ -165,10 +207,12 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
         for name in ("macro_rate", "is_searching", "num_macro_held"):
             report[label + name] = getattr(macro, name)
     for label, micro in micros.items():
-        (held,) = jax.tree.leaves(micro.num_micro_held)  # NNX wraps it in a variable
-        report[label + "num_micro_held"] = held
+        report[label + "num_micro_held"] = held = _scalar(micro.num_micro_held)
         if not any(other.startswith(label) for other in {**regulators, **macros}):
             report[label + "macro_rate"] = jnp.ones_like(held, jnp.float32)
+    if not (regulators or macros or micros):
+        report["macro_rate"] = jnp.ones((), jnp.float32)
+    report |= accumulated
     if len(groups) == 1:  # nothing to distinguish
         (label,) = groups
         report = {name.removeprefix(label): value for name, value in report.items()}

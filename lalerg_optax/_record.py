@@ -71,7 +71,8 @@ class Recorder:
     far too high does need a few reverts, so the first ones are not reported. Once in a
     run the recorder also warns that one kind recurs, however far apart: gradients of
     which only the norm is abnormal, when the skips for them are used up, and harm,
-    after ten times.
+    after ten times. While `accumulate` or ``optax.MultiSteps`` collect micro-batches,
+    nothing is decided, and nothing is counted.
 
     Args:
       writer: writes each scalar as it is fetched: any object with
@@ -231,7 +232,7 @@ class Recorder:
                         tag = self._prefix + name
                         self._writer.add_scalar(tag, float(np.mean(x)), int(step))
         self._fetched.append(joined(blocks))
-        self._watch.look(self._fetched, len(self._fetched[-1]["step"]))
+        self._watch.look(self._fetched[-1])
 
 
 def _check_concrete(name: str, *arrays: Any) -> None:

@@ -1,7 +1,7 @@
 """Watch: counts the interventions of a run, and warns when they pile up."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -68,10 +68,12 @@ class Watch:
         self._window = window
         self._max_skips = max_skips
         self._max_reverts = max_reverts
+        self._recent: dict[str, list[Block]] = {}  # of each group
+        self._num_steps: dict[str, int] = {}
         self._last_warning: dict[str, int] = {}
         self._warned: set[tuple[str, str]] = set()
 
-    def look(self, blocks: list[Block], num_new: int) -> None:
+    def look(self, block: Block) -> None:
         """Warns where interventions pile up in a window that ends at a new step.
 
         Also warns once in a run of each kind that recurs, however far apart. Of a
@@ -80,60 +82,67 @@ class Watch:
         Raises:
           TooManyRejections: if too many steps in a row were rejected.
         """
-        recent: list[Block] = []
-        num_recent = 0
-        for block in reversed(blocks):
-            recent.insert(0, block)
-            num_recent += len(block["step"])
-            if num_recent >= num_new + self._window:
-                break
-        tail = joined(recent)
-        for name in tail:
-            if name.rpartition("/")[2] != "verdict":
-                continue
-            group = name.removesuffix("verdict")
-            for kind, text in self._recurring(group, tail):
-                if (group, kind) not in self._warned:
-                    self._warned.add((group, kind))
-                    warnings.warn(text, InterventionWarning, stacklevel=4)
-            self._stop(group, tail, num_new)
-            verdict = tail[name].reshape(len(tail[name]), -1)  # steps, members
-            num_skips = _sums(verdict == Verdict.SKIP, self._window)
-            num_reverts = _sums(verdict == Verdict.REVERT, self._window)
-            num_reverts = -(-num_reverts // _STEPS_PER_REVERT)
-            is_many = num_skips > self._max_skips
-            is_many |= num_reverts > self._max_reverts
-            is_many[:-num_new] = False
-            last = self._last_warning.get(group)
-            if last is not None:
-                is_many &= (tail["step"] >= last + self._window)[:, None]
-            if not is_many.any():
-                continue
-            number = np.where(is_many, num_skips + num_reverts, -1)
-            end, member = map(int, np.unravel_index(np.argmax(number), number.shape))
-            self._last_warning[group] = int(tail["step"][end])
-            window = slice(max(0, end + 1 - self._window), end + 1)
-            part = {
-                key.removeprefix(group): _of_member(x[window], member)
-                for key, x in tail.items()
+        for name in block:
+            if name.rpartition("/")[2] == "verdict":
+                self._look_at(name.removesuffix("verdict"), block)
+
+    def _look_at(self, group: str, block: Block) -> None:
+        rows = is_step(block, group)
+        num_new = int(rows.sum())
+        if not num_new:
+            return
+        recent = self._recent.setdefault(group, [])
+        recent.append(
+            {
+                key.removeprefix(group): x[rows]
+                for key, x in block.items()
                 if key.startswith(group) or key == "step"
             }
-            counts = int(num_skips[end, member]), int(num_reverts[end, member])
-            who = _of(group)
-            if verdict.shape[1] > 1:
-                num_more = int(is_many.any(axis=0).sum()) - 1
-                who += f"member {member} (and {num_more} more): "
-            warnings.warn(_warning(who, *counts, part), InterventionWarning, 4)
+        )
+        num_known = sum(len(part["step"]) for part in recent)
+        while num_known - len(recent[0]["step"]) >= num_new + self._window:
+            num_known -= len(recent.pop(0)["step"])
+        tail = joined(recent)
+        for kind, text in self._recurring(group, tail):
+            if (group, kind) not in self._warned:
+                self._warned.add((group, kind))
+                warnings.warn(text, InterventionWarning, stacklevel=5)
+        self._stop(group, recent[-1])
+        verdict = tail["verdict"].reshape(num_known, -1)  # steps, members
+        num_skips = _sums(verdict == Verdict.SKIP, self._window)
+        num_reverts = _sums(verdict == Verdict.REVERT, self._window)
+        num_reverts = -(-num_reverts // _STEPS_PER_REVERT)
+        is_many = num_skips > self._max_skips
+        is_many |= num_reverts > self._max_reverts
+        is_many[:-num_new] = False
+        first = self._num_steps.get(group, 0) + num_new - num_known
+        self._num_steps[group] = first + num_known
+        last = self._last_warning.get(group)
+        if last is not None:
+            numbers = np.arange(first, first + num_known)
+            is_many &= (numbers >= last + self._window)[:, None]
+        if not is_many.any():
+            return
+        total = np.where(is_many, num_skips + num_reverts, -1)
+        end, member = map(int, np.unravel_index(np.argmax(total), total.shape))
+        self._last_warning[group] = first + end
+        window = slice(max(0, end + 1 - self._window), end + 1)
+        part = {key: _of_member(x[window], member) for key, x in tail.items()}
+        counts = int(num_skips[end, member]), int(num_reverts[end, member])
+        who = _of(group)
+        if verdict.shape[1] > 1:
+            num_more = int(is_many.any(axis=0).sum()) - 1
+            who += f"member {member} (and {num_more} more): "
+        warnings.warn(_warning(who, *counts, part), InterventionWarning, stacklevel=5)
 
-    def _stop(self, group: str, tail: Block, num_new: int) -> None:
+    def _stop(self, group: str, new: Block) -> None:
         """Raises a TooManyRejections if too many new steps in a row were rejected."""
-        in_a_row = tail.get(group + "num_rejected_in_a_row")
+        in_a_row = new.get("num_rejected_in_a_row")
         if self._stop_after is None or in_a_row is None:
             return
-        most = int(np.nanmax(in_a_row[-num_new:], initial=0))
+        most = int(np.nanmax(in_a_row))
         if most >= self._stop_after:
-            where = np.argwhere(in_a_row[-num_new:] == most)[0]
-            step = int(tail["step"][-num_new:][where[0]])
+            step = int(new["step"][np.argwhere(in_a_row == most)[0][0]])
             raise TooManyRejections(
                 f"{_of(group)}{most} steps in a row were rejected (up to step {step}): "
                 "going back has not helped, so look at data, loss function and "
@@ -145,9 +154,9 @@ class Watch:
     def _recurring(group: str, tail: Block) -> Iterator[tuple[str, str]]:
         """Yields each kind of rejection that recurs in this run, and its warning."""
         last = {
-            name: worst(tail[group + name][-1])
+            name: worst(tail[name][-1])
             for name, worst in (("skips_left", np.min), ("num_harmful", np.max))
-            if group + name in tail
+            if name in tail
         }
         step = int(tail["step"][-1])
         if last.get("skips_left", np.inf) < 1.0:
@@ -184,6 +193,18 @@ def joined(blocks: list[Block]) -> Block:
         name: np.concatenate([column(block, name) for block in blocks])
         for name in names
     }
+
+
+def is_step(block: Mapping[str, np.ndarray], group: str = "") -> np.ndarray:
+    """Returns at which rows a group took a step: not while it accumulates."""
+    prefix = group
+    while prefix and f"{prefix}has_updated" not in block:
+        prefix = prefix[: prefix.rstrip("/").rfind("/") + 1]  # what is around it
+    has_updated = block.get(f"{prefix}has_updated")
+    if has_updated is None:
+        return np.ones(len(block[f"{group}verdict"]), bool)
+    flags = np.asarray(has_updated) != 0  # where nothing was recorded there is NaN
+    return flags.reshape(len(flags), -1).any(axis=1)
 
 
 def _sums(flags: np.ndarray, window: int) -> np.ndarray:

@@ -26,7 +26,8 @@ and with NNX, ``before`` taken in front of the forward pass::
     )
 
 A revert takes params to the anchor and leaves the statistics as of the last accepted
-step; they adapt within the memory of their average.
+step; they adapt within the memory of their average. With `accumulate`, see
+docs/accumulate.md.
 """
 
 from typing import Any

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ._verdict import Verdict
+from ._watch import is_step
 
 History = Mapping[str, np.ndarray]
 
@@ -48,9 +49,10 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
     """Draws what happened in a run, and why.
 
     Three panels over the steps: the loss with a mark at each step that was bounded,
-    skipped or reverted; the factors of the learning rate (``macro_rate``,
-    ``damping_factor`` and their product); and the errors in units of the tolerated
-    rise, with the threshold at 1. Errors beyond 10 are drawn as triangles at the top.
+    skipped or reverted (once, where micro-batches accumulate); the factors of the
+    learning rate (``macro_rate``, ``damping_factor`` and their product); and the errors
+    in units of the tolerated rise, with the threshold at 1. Errors beyond 10 are drawn
+    as triangles at the top.
 
     Args:
       history: what ``Recorder.history`` returns, or any dict with arrays of `metrics`.
@@ -97,7 +99,8 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     panels = figure.subplots(3, sharex=True, height_ratios=(3, 2, 2))
     steps = series.get("step", np.arange(len(series["verdict"])))
-    _draw_loss(panels[0], steps, series, loss)
+    is_decided = is_step(history, prefix)
+    _draw_loss(panels[0], steps, series, loss, is_decided)
     _draw_rates(panels[1], steps, series)
     _draw_errors(panels[2], steps, series)
     panels[-1].set_xlabel("step")
@@ -118,7 +121,13 @@ def run(history: History, *, group: str = "", loss: str = "loss") -> Figure:
     return figure
 
 
-def _draw_loss(axes: Axes, steps: np.ndarray, series: History, name: str) -> None:
+def _draw_loss(
+    axes: Axes,
+    steps: np.ndarray,
+    series: History,
+    name: str,
+    is_decided: np.ndarray,
+) -> None:
     """Draws the loss; marks of losses that are not finite are at the top."""
     is_recorded = name in series
     values = series[name] if is_recorded else series["avg_value"]
@@ -131,7 +140,7 @@ def _draw_loss(axes: Axes, steps: np.ndarray, series: History, name: str) -> Non
     low, high = axes.get_ylim()
     top = high**0.97 * low**0.03 if is_wide else 0.97 * high + 0.03 * low
     for verdict, (label, color, marker) in _MARKS.items():
-        chosen = series["verdict"] == verdict
+        chosen = is_decided & (series["verdict"] == verdict)
         heights = np.where(np.isfinite(values), values, top)[chosen]
         note = f"{label} ({chosen.sum()})"
         axes.plot(

@@ -130,6 +130,20 @@ MUTANTS = (
     Mutant("apply", "pred | ~is_representable(p)", "pred"),
     Mutant("inner", "jnp.where(jnp.isfinite(new), new, old)", "new"),
     Mutant("history", "(19 * last + 19) // 20", "(18 * last + 19) // 20"),
+    # accumulate: means over micro-batches
+    Mutant("accumulate", "jnp.where(num_averaged > 0, mean, 0)", "mean"),
+    Mutant("accumulate", "is_usable &= jnp.isfinite(loss)", "pass"),
+    Mutant(
+        "accumulate",
+        "count_if(is_usable, before)",
+        "count_if(is_usable | True, before)",
+    ),
+    Mutant("accumulate", "is_complete & is_seen", "is_complete"),
+    Mutant("accumulate", "is_complete if has_regulator(state) else ", ""),
+    Mutant("accumulate", "jnp.where(is_seen, mean_value, jnp.nan)", "mean_value"),
+    Mutant("accumulate", "if loss is None:  #", "if True:  #"),
+    Mutant("accumulate", " | jnp.asarray(is_last, jnp.bool_)", ""),
+    Mutant("watch", "np.asarray(has_updated) != 0", "np.asarray(has_updated) >= 0"),
     Mutant(
         "sums", "lax.optimization_barrier(leaves)", "leaves", ("contract/test_cost.py",)
     ),

@@ -179,3 +179,28 @@ def test_only_a_reduction_of_scalars_is_communicated(layout, search):
         assert not found
     else:  # one for the norm, one for the look back, which is rare
         assert len(found) == 1 + search
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("lalerg", 0.02),
+        ("error_regulate(adamw)", 0.02),
+        ("lalerg, bf16 params", 2.02),  # the mean in the dtype of gradients
+    ],
+)
+def test_accumulation_needs_one_accumulator_and_no_copies(name, most):
+    tx, _, dtype = STEPS[name]
+    params = make_params(dtype)
+    compiled = compiled_step(lo.accumulate(tx, 4), params)
+    if jax.__version_info__ < (0, 12):  # XLA copied the anchor in a nested conditional
+        assert temporaries(compiled) < 4.02
+    else:
+        assert temporaries(compiled) < temporaries(compiled_step(tx, params)) + most
+        assert num_copies(compiled) == 0
+    state, inner = (jax.eval_shape(t.init, params) for t in (lo.accumulate(tx, 4), tx))
+    num_bytes = [
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(s))
+        for s in (state, inner)
+    ]
+    assert num_bytes[0] - num_bytes[1] == 4 * NUM_PARAMS + 20

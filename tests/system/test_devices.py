@@ -159,6 +159,70 @@ def test_devices_with_parameters_of_their_own_decide_alike():
     assert told[0, -1] < 0.5 * told[0, 0]
 
 
+def accumulated(name, **kwargs):
+    """Returns an optimizer that takes a step from two batches of the digits."""
+    tx = OPTIMIZERS[name](**kwargs)
+    return lo.accumulate(tx, 2, **kwargs)
+
+
+def assert_same_accumulation(run, expected):
+    assert lo.metrics(run[1])["num_dropped"] == 1
+    np.testing.assert_array_equal(run[2][1], expected[2][1])
+    np.testing.assert_allclose(run[2][0], expected[2][0], rtol=RTOL)
+    np.testing.assert_allclose(run[2][2], expected[2][2], rtol=RTOL)
+    for key, p in expected[0].items():
+        np.testing.assert_allclose(run[0][key], p, rtol=RTOL, atol=RTOL)
+
+
+@functools.cache
+def accumulated_on_one_device(name):
+    run = run_digits(accumulated(name))
+    assert run[2][1, ALONE + 1] == Verdict.ACCEPT, "one micro-batch is lost, no step"
+    assert np.any(run[2][1] != Verdict.ACCEPT)
+    return run
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("data parallel", marks=pytest.mark.slow),
+        "fully sharded",
+        "tensor sharded",
+    ],
+)
+def test_means_of_micro_batches_are_sharded_like_the_params(layout):
+    name = "regulated adamw"
+    run = train_sharded(accumulated(name), layout)
+    assert_same_accumulation(run, accumulated_on_one_device(name))
+    state = run[1]
+    first = accumulated(name).init(put(init_params(), make_mesh(), SHARDINGS[layout]))
+    trees = run[0], state.mean_grads, state.inner_state.anchor, first.mean_grads
+    for tree in trees:
+        for key, leaf in tree.items():
+            wanted = NamedSharding(make_mesh(), SHARDINGS[layout][key])
+            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), key
+    assert_devices_agree((state.num_averaged, state.num_dropped, state.mean_value))
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["each", "once a step"])
+def test_devices_drop_the_same_micro_batches(is_late):
+    """Gradients may be averaged for each micro-batch, or once for all of a step."""
+    name = "regulated adamw"
+    data = batches(bad_row=3 * BATCH // 8)  # of one device
+    if is_late:
+        inner = optax.chain(optax.stateless(lambda g, _: mean(g)), optax.adamw(1e-3))
+        tx = lo.error_regulate(inner, axis_name="d")
+        tx = lo.accumulate(tx, 2, axis_name="d")
+        run = train_mapped(tx, data)
+        assert lo.metrics(run[1])["num_dropped"] == 1
+        assert_devices_agree((run[0], run[1].inner_state, run[2]))
+    else:
+        tx = accumulated(name, axis_name="d")
+        run = train_mapped(tx, data, reduce_grads=mean)
+        assert_same_accumulation(run, accumulated_on_one_device(name))
+        assert_devices_agree(run)
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_a_sharded_run_lowers_for_hardware_that_is_not_here(platform):
     tx, mesh = lo.lalerg(1.0), make_mesh()

@@ -47,7 +47,7 @@ def test_every_block_of_a_page_prints_what_it_says(page):
 
 FACTORIES = (
     *(lo.lalerg, lo.error_regulate, lo.scale_by_macro_rate, lo.scale_by_micro_rate),
-    *(lo.without_value, lo.tracks_params, lo.value_from_gradient),
+    *(lo.without_value, lo.tracks_params, lo.value_from_gradient, lo.accumulate),
 )
 
 

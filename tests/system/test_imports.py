@@ -28,7 +28,8 @@ FLOORS = (
     "_second_level",
     "_lalerg",
     # around it
-    "_adapters _carry _adopt _rebase _apply _monitor _watch _record flax plot",
+    "_accumulate _adapters _carry _adopt _rebase _apply _monitor _watch _record",
+    "flax plot",
     "__init__",
 )
 FLOOR_OF = {name: i for i, floor in enumerate(FLOORS) for name in floor.split()}

@@ -205,6 +205,11 @@ WRAPPERS = {
     ),
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
 }
+AROUND = {
+    "nothing": lambda tx: tx,
+    "MultiSteps": WRAPPERS["MultiSteps"],
+    "accumulate": lambda tx: lo.accumulate(tx, 2),
+}
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
@@ -222,6 +227,26 @@ def test_adopting_inside_of_wrappers_and_around_them(wrap, is_outside):
         )
     back = lo.adopt(plain, params, adopted)
     chex.assert_trees_all_equal(back, state)
+
+
+@pytest.mark.parametrize("before", AROUND)
+@pytest.mark.parametrize("after", AROUND)
+@pytest.mark.parametrize("is_regulated", [True, False])
+def test_accumulation_may_come_and_go(before, after, is_regulated):
+    params = init_params()
+    plain, tx = AROUND[before](optax.adam(3e-3)), optax.adam(3e-3)
+    tx = AROUND[after](LALERG["adam"] if is_regulated else tx)
+    state = used(plain.init(params))
+    adopted = lo.adopt(tx, params, state)
+    assert_is_a_state_of(tx, params, adopted)
+    for name in ("mu", "nu"):
+        chex.assert_trees_all_equal(
+            optax.tree.get(adopted, name), optax.tree.get(state, name)
+        )
+    if before == after == "accumulate":
+        chex.assert_trees_all_equal(adopted.mean_grads, state.mean_grads)
+    elif after == "accumulate":
+        assert adopted.micro_step == adopted.num_groups == 0
 
 
 def test_injected_hyperparameters_are_kept():

@@ -84,3 +84,75 @@ def test_former_names_are_deprecated_and_mean_what_they_meant():
     assert reports["num_reverted"][-1] == 2
     first = np.argmax(reports["num_reverted"] > 0)
     assert reports["num_reverts"][first - 1 : first + 2].tolist() == [0, 1, 1]
+
+
+def multi_steps(tx, k=2, **settings):
+    tx = optax.MultiSteps(tx, k, **settings)
+    return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+
+
+TX = lo.error_regulate(optax.sgd(0.1))
+PARAMS = {"a": jnp.ones(2), "b": jnp.ones(2)}
+SKIPS = {"should_skip_update_fn": optax.skip_not_finite}
+BY_NAME = {"a": "a", "b": "b"}
+
+
+@pytest.mark.parametrize(
+    ("tx", "keys"),
+    [
+        (lo.accumulate(TX, 2), [""]),
+        (multi_steps(TX), [""]),
+        (multi_steps(TX, **SKIPS), [""]),
+        (optax.chain(optax.clip(1.0), lo.accumulate(TX, 2)), [""]),
+        (lo.accumulate(optax.partition({"a": TX, "b": TX}, BY_NAME), 2), [""]),
+        (
+            optax.partition({"a": lo.accumulate(TX, 2), "b": multi_steps(TX)}, BY_NAME),
+            ["a/", "b/"],
+        ),
+    ],
+    ids=["accumulate", "MultiSteps", "MultiSteps that skip", "chain", "around", "in"],
+)
+def test_metrics_tell_whether_a_micro_batch_completed_a_step(tx, keys):
+    @jax.jit
+    def step(state):
+        return tx.update(PARAMS, state, PARAMS, value=1.0)[1]
+
+    state, seen = tx.init(PARAMS), []
+    for _ in range(5):
+        report = lo.metrics(state)
+        seen.append([bool(report[f"{key}has_updated"]) for key in keys])
+        state = step(state)
+    assert [any(x) for x in seen] == [all(x) for x in seen]
+    assert [x[0] for x in seen] == [False, False, True, False, True]
+    assert lo.metrics(state).keys() == report.keys()
+
+
+def test_a_micro_batch_that_multi_steps_skip_completes_no_step():
+    tx, state = multi_steps(TX, **SKIPS), None
+    state = tx.init(PARAMS)
+    for scale in (1.0, 1.0, jnp.nan):
+        grads = jax.tree.map(lambda p, s=scale: s * p, PARAMS)
+        _, state = tx.update(grads, state, PARAMS, value=1.0)
+    assert state.mini_step == 0
+    assert not lo.metrics(state)["has_updated"]
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(lo.accumulate(optax.sgd(0.1), 2), lo.error_regulate()),
+        lo.error_regulate(multi_steps(optax.sgd(0.1))),
+        optax.partition({"a": TX, "b": lo.accumulate(optax.sgd(0.1), 2)}, BY_NAME),
+    ],
+    ids=["flat", "MultiSteps inside", "another group"],
+)
+def test_a_regulator_that_nothing_accumulates_for_decides_always(tx):
+    assert "has_updated" not in lo.metrics(tx.init(PARAMS))
+
+
+def test_metrics_of_accumulation_alone_tell_its_part():
+    report = lo.metrics(lo.accumulate(optax.sgd(0.1), 2).init(PARAMS))
+    names = {"macro_rate", "has_updated", "micro_step", "num_dropped"}
+    assert report.keys() == names
+    doc = inspect.getdoc(lo.metrics)
+    assert all(re.search(rf"^{name} ", doc, re.MULTILINE) for name in names)

@@ -212,3 +212,13 @@ def test_panels_fill_the_figure_whatever_there_is_to_mark(verdicts):
     figure.draw_without_rendering()
     heights = [axes.get_position().height for axes in figure.axes]
     assert sum(heights) > 0.7
+
+
+def test_a_verdict_that_is_held_is_drawn_once():
+    history = make_history()
+    held = {name: np.repeat(x, 3) for name, x in history.items()}
+    held["has_updated"] = np.arange(3 * NUM_STEPS) % 3 == 0
+    axes = plot.run(held).axes[0]
+    assert len(axes.get_lines()[0].get_xdata()) == 3 * NUM_STEPS
+    assert lines(axes)["skipped"].get_xdata().tolist() == [110]
+    assert lines(axes)["reverted"].get_xdata().tolist() == [120, 121]

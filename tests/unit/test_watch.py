@@ -7,6 +7,7 @@ import pytest
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
+from lalerg_optax._watch import is_step
 
 ACCEPT, SKIP, REVERT, BOUND = map(int, Verdict)
 
@@ -191,3 +192,50 @@ def test_harm_that_recurs_is_told_once_however_far_apart():
     (text,) = recurring(num_harmful=np.arange(10_000) // 600)
     assert text.startswith("updates did harm 1")
     assert not recurring(num_harmful=np.arange(10_000) // 1000)
+
+
+def repeated(verdicts, k):
+    """Returns the verdicts of micro-batches, and which of them completed a step.
+
+    Until the next step the last verdict is held.
+    """
+    has_updated = np.arange(k * len(verdicts)) % k == k - 1
+    held = np.concatenate([np.zeros(k - 1, int), np.repeat(verdicts, k)])
+    return held[: k * len(verdicts)], has_updated
+
+
+@pytest.mark.parametrize("num_skips", [10, 11])
+@pytest.mark.parametrize("k", [1, 4, 64])
+def test_a_verdict_that_is_held_counts_once(num_skips, k):
+    """In a window of 500 steps, however many micro-batches these have."""
+    steps = [10, *range(500, 500 + num_skips - 1)]
+    held, has_updated = repeated(verdicts_with(1000, steps, SKIP), k)
+    messages = told_of(held, has_updated=has_updated)
+    assert len(messages) == (num_skips > 10)
+    if messages:
+        assert "11 skips in 500 steps" in messages[0]
+
+
+def test_what_never_gets_well_warns_once_in_a_window_of_steps():
+    bad = verdicts_with(3000, np.arange(0, 3000, 10), SKIP)
+    held, has_updated = repeated(bad, 4)
+    messages = told_of(held, has_updated=has_updated)
+    assert 5 <= len(messages) <= 7
+
+
+@pytest.mark.parametrize("name", ["", "a/", "a/b/"])
+def test_whatever_is_around_a_group_says_when_it_decides(name):
+    block = {"a/b/verdict": np.zeros(3), f"{name}has_updated": np.array([0, 1, np.nan])}
+    block["c/has_updated"] = block["a/d/has_updated"] = np.zeros(3)
+    assert is_step(block, "a/b/").tolist() == [False, True, True]
+
+
+def test_the_group_around_a_regulator_says_when_it_decides():
+    held, has_updated = repeated(verdicts_with(100, np.arange(8), SKIP), 4)
+    recorder = lo.Recorder(fetch_every=1000)
+    recorder.extend({"a/verdict": held, "b/verdict": held, "b/has_updated": held < 0})
+    recorder.extend({"a/verdict": held, "has_updated": has_updated}, loss=0.0 * held)
+    with pytest.warns(lo.InterventionWarning) as caught:
+        recorder.flush()
+    (message,) = [str(w.message) for w in caught]
+    assert "of a: 0 reverts and 40 skips" in message  # 32 alone, and 8 of a group
