@@ -1,9 +1,9 @@
 """The training loop of every benchmark, and the places where a benchmark steps in.
 
 A run is one ``scan``, a pure function that a benchmark maps over rates and seeds
-(`grid`) or faults and compiles as a whole; ``scale.py`` takes the same step (`stepping`)
-in pieces. Two loops stand elsewhere: ``timing.py`` takes single steps, because it times
-them, and ``alarms.py`` judges losses that no training made.
+(`grid`) or faults and compiles as a whole; ``scale.py`` scans the same step in pieces.
+Two loops stand elsewhere: ``timing.py`` takes single steps, because it times them, and
+``alarms.py`` judges losses that no training made.
 """
 
 from collections.abc import Callable
