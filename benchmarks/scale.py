@@ -122,12 +122,16 @@ def whole_pieces(num_steps: float) -> int:
     return PIECE * max(1, -int(-num_steps // PIECE))
 
 
+def num_params_of(name: str) -> int:
+    """Returns the number of parameters of a size."""
+    init = partial(decoder.init, size=SIZES[name])
+    return optax.tree.size(jax.eval_shape(init, jax.random.key(0)))
+
+
 def steps_of(name: str) -> int:
     """Returns the steps in which two bytes are read for every parameter."""
-    size = SIZES[name]
-    shapes = jax.eval_shape(lambda key: decoder.init(key, size), jax.random.key(0))
-    num_bytes = BYTES_PER_PARAM * optax.tree.size(shapes)
-    return whole_pieces(num_bytes / (size.batch * size.length))
+    num_bytes = SIZES[name].batch * SIZES[name].length
+    return whole_pieces(BYTES_PER_PARAM * num_params_of(name) / num_bytes)
 
 
 def windows(text: jax.Array, starts: jax.Array, length: int) -> jax.Array:
