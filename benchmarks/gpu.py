@@ -55,7 +55,6 @@ from timing import (
 )
 from traces import compare_waits
 
-STARTED = time.monotonic()
 GRACE = 60.0  # seconds after the limit, for a row that takes longer than it should
 NUM_PARAMS = 32 * 1968**2  # 124 M
 RUNS = (("30m", "adamw", 1e-3), ("124m", "adamw", 6e-4))  # each with lalerg beside it
@@ -98,8 +97,8 @@ HALF_ROWS = ROWS[:5]
 class Clock:
     """How much time is left, and how long a row of each part has taken at most."""
 
-    def __init__(self, seconds: float, started: float = STARTED) -> None:
-        self.end, self.longest = started + seconds, dict[str, float]()
+    def __init__(self, seconds: float) -> None:
+        self.end, self.longest = time.monotonic() + seconds, dict[str, float]()
 
     def left(self) -> float:
         """Returns seconds; below zero after the end."""
@@ -155,12 +154,13 @@ class Bench:
         known = self.results.runs.get(key, {}).get("milliseconds")
         if known is None:
             run = scale.Run(size, "adamw", START, 0, 2 * scale.PIECE, self.dtype)
-            known = scale.train_run(run, texts.text_of())["step_milliseconds"]
-            return 1e-3 * known
+            entry = scale.train_run(run, texts.text_of())
+            return 1e-3 * float(entry["step_milliseconds"])
         num_bytes = {name: s.batch * s.length for name, s in decoder.SIZES.items()}
         share = scale.num_params_of(size) / scale.num_params_of(self.size)
         share *= num_bytes[size] / num_bytes[self.size]
-        return 1e-3 * known * min(1.0, 1.5 * share)  # small products are less efficient
+        # small products are less efficient
+        return 1e-3 * float(known) * min(1.0, 1.5 * share)
 
     def num_steps(self, size: str, share: float) -> int:
         """Returns for how many steps a share of the time is enough, for two runs.
@@ -171,7 +171,7 @@ class Bench:
             return scale.PIECE
         for run in self.results.runs.values():
             if (run["part"], run["size"]) == ("runs", size) and "num_steps" in run:
-                return run["num_steps"]
+                return int(run["num_steps"])
         seconds_a_step = self.step_seconds(size)
         compiling = self.clock.longest.get("training", 60.0) / 2.0
         seconds = share * self.clock.left() / 2.0 - compiling
@@ -267,7 +267,7 @@ def runs(bench: Bench) -> Iterator[Job]:
             yield Job(row, size, cells, partial(run_of, bench, run, share))
 
 
-PARTS: dict[str, Callable[[Bench], Iterator[Job]]] = {
+PARTS: dict[str, Callable[..., Iterator[Job]]] = {
     part.__name__: part for part in (steps, training, waits, half, runs)
 }
 
@@ -314,6 +314,7 @@ WAITS = {
     "base_host_copies": "of the base ",
     "host_waits": "waits",
     "base_host_waits": "of the base  ",
+    "more_waits": "more of both",
     "idle": "idle, share",
     "base_idle": "of the base   ",
     "kernels": "kernels",

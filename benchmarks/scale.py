@@ -15,6 +15,7 @@ from.
 """
 
 import json
+import math
 import shutil
 import statistics
 import time
@@ -125,7 +126,8 @@ def whole_pieces(num_steps: float) -> int:
 def num_params_of(name: str) -> int:
     """Returns the number of parameters of a size."""
     init = partial(decoder.init, size=SIZES[name])
-    return optax.tree.size(jax.eval_shape(init, jax.random.key(0)))
+    leaves = jax.tree.leaves(jax.eval_shape(init, jax.random.key(0)))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def steps_of(name: str) -> int:
@@ -147,12 +149,12 @@ def beginning(run: Run) -> tuple[PyTree, PyTree, PyTree]:
     return params, (), peer.at(run.rate, run.num_steps).init(params)
 
 
-def piece_of(run: Run) -> Callable[..., tuple[PyTree, jax.Array]]:
-    """Returns (carry, number of the first step, text) to (carry, mean loss)."""
+def piece_of(run: Run) -> Any:
+    """Returns the jitted (carry, number of the first step, text) to (carry, loss)."""
     size, (peer, _) = SIZES[run.size], OPTIMIZERS[run.optimizer]
     key = jax.random.key(run.seed + 1)
 
-    def piece(carry: PyTree, first: jax.Array, text: jax.Array) -> tuple:
+    def piece(carry: PyTree, first: jax.Array, text: jax.Array) -> PyTree:
         def gradient(params: PyTree, rest: PyTree, i: jax.Array, now: Any) -> PyTree:
             most = len(text) - size.length - 1
             draw = jax.random.fold_in(key, i)
@@ -268,7 +270,7 @@ def train_run(
     """
     size = SIZES[run.size]
     learnt, held_out = (jnp.asarray(part) for part in (text.train, text.held_out))
-    carry, seen = jax.jit(beginning, static_argnums=0)(run), []
+    carry, seen = jax.jit(beginning, static_argnums=0)(run), list[Seen]()
     num_params = optax.tree.size(carry[0])
     if saver is not None:
         carry, seen = saver.load(run, text.digest, carry)

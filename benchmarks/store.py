@@ -50,7 +50,7 @@ class Store:
         }
         self.about = self.now
         self.notes: dict[str, Any] = {}
-        self.runs: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.runs: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def load(self) -> None:
         """Reads what is stored."""
@@ -73,7 +73,7 @@ class Store:
 
     def measure(
         self,
-        key: tuple[str, ...],
+        key: tuple[Any, ...],
         cells: dict[str, Any],
         measured: Callable[[], dict[str, Any]],
         force: bool,

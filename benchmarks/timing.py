@@ -7,7 +7,7 @@ donated buffers, after a warm-up. Beside them stand XLA's own counts, which do n
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -346,7 +346,7 @@ def part_table(
 
 def part_tables(
     results: Store,
-    parts: dict[str, Callable[..., Iterable[Job]]],
+    parts: Mapping[str, Callable[..., Iterable[Job]]],
     columns: dict[str, str] = COLUMNS,
 ) -> list[str]:
     """Returns the tables of all parts that are known, under what they are about."""

@@ -10,10 +10,13 @@ whether it has to:
 - *copies to the host* a step, in the profile of the device. A conditional whose
   predicate the host has to know is one such copy.
 - *waits* a step: calls of the driver by which the host waits for the device
-  (``cuStreamSynchronize`` and the like), and *idle*, the share of the time in which no
-  kernel and no copy ran, from the first of them to the last.
+  (``cuStreamSynchronize`` and the like). One at the end of each queue is ours.
+- *idle*: the share of the time in which no kernel and no copy ran, from the first of
+  them to the last.
 
-A profile of a CPU has no such events: the last three are None there.
+A profile of a CPU has no such events: all but the first are None there. What is called
+often, and the names of the lines of the profile, are stored as well, should a driver
+have other names for the same.
 """
 
 import re
@@ -52,7 +55,8 @@ def queued_in_turn(steps: Sequence[Step], seconds: float) -> np.ndarray:
 
     For so long, and one period of the anchor at least.
     """
-    started, times = time.perf_counter(), []
+    times: list[list[tuple[float, float]]] = []
+    started = time.perf_counter()
     while len(times) * QUEUE < PERIOD or time.perf_counter() - started < seconds:
         times.append([queued(step) for step in steps])
     return np.asarray(times)
@@ -145,6 +149,9 @@ def compare_waits(
     base_seconds, own_seconds = np.median(done, axis=0)
     total = done.sum(axis=0)
     base_share, share = np.median(enqueued / done, axis=0)
+    more: float | str = "unknown"
+    if after["kernels"] is not None and before["kernels"] is not None:
+        more = sum(after[n] - before[n] for n in ("host_copies", "host_waits"))
     return {
         "ratio": float(np.median(done[:, 1] / done[:, 0])),
         "mean_ratio": float(total[1] / total[0]),
@@ -152,6 +159,7 @@ def compare_waits(
         "base_milliseconds": 1e3 * float(base_seconds),
         "enqueued": float(share),
         "base_enqueued": float(base_share),
+        "more_waits": more,
         **after,
         **{f"base_{name}": value for name, value in before.items()},
         "conditionals": own.counts()["conditionals"],
