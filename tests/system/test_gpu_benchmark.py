@@ -164,6 +164,7 @@ def test_copies_to_the_host_waits_and_idle_time_are_counted_by_step():
             event("MemcpyD2H", 4.0, 1.0),
             event("loop_add_fusion", 7.0, 3.0),
             event("MemcpyD2D", 8.0, 2.0),
+            event("MemcpyD2D", 8.5, 0.5),
         ],
         Stream_2=[event("loop_multiply_fusion", 1.0, 1.0)],
         XLA_Ops=[event("the same once more", 0.0, 100.0)],
