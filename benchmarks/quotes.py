@@ -8,7 +8,8 @@ In braces stands a cell of ``results/noise.md``: the heading of its table, the r
 its first column (or as many as tell it apart, with "; " between them), the column by
 its heading or number, and which of the parts of the cell, if these have a " / ".
 ``{methods/Methods}`` is a whole table, ``{headline}`` that of this name in
-``tables.md``.
+``tables.md``. Where ``tables.md`` has *gpu, not measured* beside *gpu*, that is quoted
+as long as there is no ``results/gpu.md``.
 
 An equation stands in the docstring of the function that computes it. Where a page
 explains it, it is quoted from there by the path of the function, and which one it is:
@@ -90,13 +91,20 @@ def lookup(reference: str, results: Path = RESULTS) -> str:
     return cell.split(" / ")[int(part[0])] if part else cell
 
 
+def template_of(name: str, results: Path = RESULTS) -> str:
+    """Returns a template; another one as long as its results are missing."""
+    missing = f"{name}, not measured"
+    is_there = (results / f"{name}.md").exists()
+    return templates()[missing if missing in templates() and not is_there else name]
+
+
 def filled(template: str, results: Path = RESULTS) -> str:
     """Returns a template with the cells and tables that it names."""
 
     def told(reference: re.Match[str]) -> str:
         if "/" in reference[1]:
             return lookup(reference[1], results)
-        return filled(templates()[reference[1]], results)
+        return filled(template_of(reference[1], results), results)
 
     return CELL.sub(told, template)
 

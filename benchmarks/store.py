@@ -50,7 +50,7 @@ class Store:
         }
         self.about = self.now
         self.notes: dict[str, Any] = {}
-        self.runs: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.runs: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def load(self) -> None:
         """Reads what is stored."""
@@ -63,15 +63,17 @@ class Store:
         self.about = about
 
     def save(self) -> None:
-        """Writes everything, a line for each run."""
+        """Writes everything, a line for each run; all of it or nothing."""
         head = json.dumps({"about": self.about} | self.notes)[:-1]
         lines = ",\n".join(json.dumps(entry) for entry in self.runs.values())
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(f'{head},\n"runs": [\n{lines}\n]}}\n')
+        part = self.path.with_suffix(".part")
+        part.write_text(f'{head},\n"runs": [\n{lines}\n]}}\n')
+        part.replace(self.path)
 
     def measure(
         self,
-        key: tuple[str, ...],
+        key: tuple[Any, ...],
         cells: dict[str, Any],
         measured: Callable[[], dict[str, Any]],
         force: bool,
@@ -118,19 +120,23 @@ def options_of(
     tasks: Sequence[str] = (),
     all_tasks: Sequence[str] = (),
     more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    device: str = "cpu",
 ) -> argparse.Namespace:
     """Returns the options of the command line, and chooses the device.
 
     Args:
       doc: of the benchmark; its first line is the help's.
-      only: what ``--only`` may choose from; by default all of it.
+      only: what ``--only`` may choose from, by default all of it; there is no such
+        option if empty.
       tasks: names of the tasks that are run by default.
       all_tasks: what ``--tasks`` may choose from; there is no such option if empty.
       more: adds further options.
+      device: on which it runs by default.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, rocm or tpu")
-    parser.add_argument("--only", nargs="+", choices=only, default=list(only))
+    parser.add_argument("--device", default=device, help="cpu, cuda, rocm or tpu")
+    if only:
+        parser.add_argument("--only", nargs="+", choices=only, default=list(only))
     if all_tasks:
         parser.add_argument(
             "--tasks", nargs="+", choices=all_tasks, default=list(tasks)
@@ -145,15 +151,17 @@ def options_of(
     return options
 
 
-def opened(kind: type[Store], name: str, options: argparse.Namespace) -> Any:
+def opened(
+    kind: type[Store], name: str, options: argparse.Namespace, device: str = "cpu"
+) -> Any:
     """Returns the store of a benchmark, with what it holds.
 
     A quick run is not to be mistaken for the full one, nor kept; nor is one on another
-    device.
+    device than the default.
     """
     here = Path(tempfile.mkdtemp()) if options.quick else RESULTS
     command = f"python benchmarks/{name}.py" + " --quick" * options.quick
-    if options.device != "cpu":
+    if options.device != device:
         name += f"-{options.device}"
         command += f" --device {options.device}"
     stem = options.out or here / name

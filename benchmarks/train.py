@@ -1,9 +1,9 @@
 """The training loop of every benchmark, and the places where a benchmark steps in.
 
 A run is one ``scan``, a pure function that a benchmark maps over rates and seeds
-(`grid`) or faults and compiles as a whole. Two loops stand elsewhere: ``cost.py`` takes
-single steps, because it times them, and ``alarms.py`` judges losses that no training
-made.
+(`grid`) or faults and compiles as a whole; ``scale.py`` scans the same step in pieces.
+Two loops stand elsewhere: ``timing.py`` takes single steps, because it times them, and
+``alarms.py`` judges losses that no training made.
 """
 
 from collections.abc import Callable
@@ -88,6 +88,36 @@ class End(NamedTuple):
     kept: Any
 
 
+def stepping(tx: Any, gradient: Gradient, hooks: Hooks = PLAIN) -> Callable[..., Any]:
+    """Returns a step of training, for ``scan``.
+
+    Args:
+      tx: the transformation.
+      gradient: (params, rest, number of the step, now) to ((loss, new rest), gradient).
+      hooks: what is changed of a step, and what is kept of it.
+
+    Returns:
+      From ((params, rest, state), (number of the step, now)) to the same carry after
+      the step, and what is kept of it.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def step(carry: PyTree, at: PyTree) -> tuple[PyTree, Any]:
+        params, rest, state = carry
+        i, now = at
+        params, state = hooks.strike(params, state, now)
+        (loss, rest), grads = gradient(params, rest, i, now)
+        value, grads = hooks.told(loss, grads, now)
+        more = hooks.more(now)
+        updates, state = tx.update(grads, state, params, value=value, **more)
+        updates = hooks.bent(updates, now)
+        params = hooks.apply(params, updates, state)
+        taken = Taken(loss, grads, updates, params, state, now)
+        return (params, rest, state), hooks.keep(taken)
+
+    return step
+
+
 def train(
     tx: Any,
     gradient: Gradient,
@@ -106,24 +136,11 @@ def train(
       plan: arrays over the steps; ``now`` is an entry of each.
       hooks: what is changed of a step, and what is kept of it.
     """
-    tx = optax.with_extra_args_support(tx)
-
-    def step(carry: PyTree, at: PyTree) -> tuple[PyTree, Any]:
-        params, rest, state = carry
-        i, now = at
-        params, state = hooks.strike(params, state, now)
-        (loss, rest), grads = gradient(params, rest, i, now)
-        value, grads = hooks.told(loss, grads, now)
-        more = hooks.more(now)
-        updates, state = tx.update(grads, state, params, value=value, **more)
-        updates = hooks.bent(updates, now)
-        params = hooks.apply(params, updates, state)
-        taken = Taken(loss, grads, updates, params, state, now)
-        return (params, rest, state), hooks.keep(taken)
-
     params, rest = start
     carry, kept = lax.scan(
-        step, (params, rest, tx.init(params)), (jnp.arange(num_steps), plan)
+        stepping(tx, gradient, hooks),
+        (params, rest, tx.init(params)),
+        (jnp.arange(num_steps), plan),
     )
     return End(*carry, kept)
 

@@ -188,6 +188,15 @@ def test_a_quote_may_be_a_part_of_a_cell(tmp_path):
     assert QUOTES["filled"]("{made/A/a/y/1}", tmp_path) == "2"
 
 
+def test_results_that_are_missing_have_a_quote_of_their_own(tmp_path):
+    assert "Nothing has been measured" in QUOTES["filled"]("{gpu}", tmp_path)
+    (tmp_path / "gpu.md").write_text("# Nothing\n")
+    with pytest.raises(KeyError):
+        QUOTES["filled"]("{gpu}", tmp_path)
+    with pytest.raises(FileNotFoundError):  # the others have none
+        QUOTES["filled"]("{noise}", tmp_path)
+
+
 def test_a_quote_may_be_a_table(tmp_path):
     (tmp_path / "made.md").write_text(RESULT)
     lines = QUOTES["filled"]("{made/Faults}", tmp_path).strip().splitlines()
