@@ -116,6 +116,7 @@ def runs(
     num_seeds: int,
     factors: tuple[float, ...] = (),
     keep: Callable[[Taken], Any] = nothing,
+    side_by_side: bool = True,
 ) -> dict[str, Any]:
     """Returns what is left of all runs of a form, [factor of the rate, seed].
 
@@ -126,11 +127,13 @@ def runs(
       num_seeds: runs at each rate.
       factors: of the usual rate; by default those of the form.
       keep: what is kept of a step that was taken.
+      side_by_side: see `train.grid`; not, where compiling takes longest.
     """
     with precision(program):
         rates = program.rate * jnp.asarray(factors or FORMS[form])
         one = partial(run, program, form, num_steps, keep=keep)
-        found = jax.jit(partial(grid, one))(rates, jnp.arange(num_seeds))
+        every = jax.jit(partial(grid, one, side_by_side=side_by_side))
+        found = every(rates, jnp.arange(num_seeds))
         return jax.tree.map(np.asarray, found)
 
 

@@ -27,12 +27,12 @@ class Cell(NamedTuple):
 
 SAME = Cell(USUAL)
 CELLS = {
-    "`lalerg` at 1/1000": Cell(LALERG, 1e-3),
-    "`lalerg`": Cell(LALERG),
-    "`lalerg` at 1000": Cell(LALERG, 1e3),
-    "`error_regulate`": Cell(REGULATED),
-    "usual at 1/1000": Cell(USUAL, 1e-3),
-    "usual at 1000": Cell(USUAL, 1e3),
+    "lalerg, thousandth": Cell(LALERG, 1e-3),
+    "lalerg": Cell(LALERG),
+    "lalerg, thousandfold": Cell(LALERG, 1e3),
+    "error_regulate": Cell(REGULATED),
+    "usual, thousandth": Cell(USUAL, 1e-3),
+    "usual, thousandfold": Cell(USUAL, 1e3),
 }
 OURS = {label: cell for label, cell in CELLS.items() if cell.form != USUAL}
 
@@ -132,8 +132,8 @@ def loss_table(results: Results, names: list[str]) -> list[str]:
         line = [name, _mean_and_deviation(losses), f"{results.spread(name):.2f}"]
         for cell in CELLS.values():
             shown = percent(results.excess(name, cell))
-            bold = "" if results.is_within(name, cell) or cell.form == USUAL else "**"
-            line.append(f"{bold}{shown}{bold} / {results.ratio(name, cell)}")
+            mark = "" if results.is_within(name, cell) or cell.form == USUAL else "! "
+            line.append(f"{mark}{shown} / {results.ratio(name, cell)}")
         lines.append(line)
     return table(["program", "usual's loss", "sd in % of the drop", *CELLS], lines)
 
@@ -180,9 +180,10 @@ def report(results: Results) -> str:
         results.made(),
         "",
         f"{seeds} seeds. Nothing goes wrong in any run. *Usual*: the optimizer that is "
-        "usual for such a program, at its usual rate (last table); *at 1/1000*, *at "
-        "1000*: at a thousandth and a thousand times of it. `lalerg` has the schedule "
-        "and the weight decay of the usual optimizer; `error_regulate` is around it.",
+        "usual for such a program, at its usual rate (last table); *thousandth*, "
+        "*thousandfold*: at a thousandth and a thousand times of it. `lalerg` has the "
+        "schedule and the weight decay of the usual optimizer; `error_regulate` is "
+        "around it, at its usual rate.",
         "",
         "## Bars",
         "",
@@ -193,8 +194,8 @@ def report(results: Results) -> str:
         "## Loss",
         "",
         "Training loss above that of the usual optimizer, in % of the drop that this "
-        "makes / ratio of the two losses (none where they are negative). Bold: not "
-        "within the bar.",
+        "makes / ratio of the two losses (none where they are negative). With an "
+        "exclamation mark: not within the bar.",
         "",
         *loss_table(results, names),
         "## Metric",

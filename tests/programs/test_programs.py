@@ -14,10 +14,8 @@ from helpers.quick import some
 
 zoo, programs = benchmark("program_zoo"), benchmark("programs")
 USUAL, LALERG, REGULATED = "usual", "lalerg", "error_regulate"
-
+FACTORS = {USUAL: (1e-3, 1.0, 1e3), LALERG: (1e-3, 1e3), REGULATED: (1.0,)}
 NUM_SEEDS = 2
-QUICK = ("ELBO", "graph", "least squares")
-EVERY = pytest.mark.parametrize("name", some(zoo.MAKERS, *QUICK), scope="module")
 
 
 @pytest.fixture(autouse=True)
@@ -27,15 +25,21 @@ def _programs_may_promote_ranks():
 
 
 @functools.cache
-def ends(name, form, factor=1.0):
-    """Returns how the runs of a program ended, by seed."""
+def runs(name, form):
+    """Returns how all runs of a form ended, [factor of the usual rate, seed]."""
     program = zoo.made(name)
     num_steps = max(program.num_steps // 4, 200)
-    found = programs.runs(program, form, num_steps, NUM_SEEDS, (factor,))
-    return {name: x[0] for name, x in found.items() if x is not None}
+    how = {"factors": FACTORS[form], "side_by_side": False}
+    return programs.runs(program, form, num_steps, NUM_SEEDS, **how)
 
 
-def drop(name):
-    """Returns by how much the usual optimizer lowers the loss."""
-    found = ends(name, USUAL)
-    return np.mean(found["start_loss"] - found["loss"])
+def ends(name, form, factor=1.0):
+    """Returns how the runs at one factor ended, by seed."""
+    at = FACTORS[form].index(factor)
+    return {k: x[at] for k, x in runs(name, form).items() if x is not None}
+
+
+@pytest.mark.parametrize("name", ["ELBO"])
+@pytest.mark.parametrize("form", FACTORS)
+def test_runs(name, form):
+    print(name, form, runs(name, form))
