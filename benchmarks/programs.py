@@ -7,7 +7,7 @@ Nothing goes wrong in any of them. Two bars: the training loss ends above that o
 usual optimizer by at most 2 % of its drop or one standard deviation of its seeds, and
 nothing is skipped or reverted.
 
-    python benchmarks/programs.py            # about 25 minutes
+    python benchmarks/programs.py            # about 40 minutes
     python benchmarks/programs.py --quick    # two minutes
     python benchmarks/programs.py --only lalerg --tasks flow PINN
     python benchmarks/programs.py --report-only

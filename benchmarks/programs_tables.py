@@ -99,7 +99,7 @@ class Results(Store):
 def _deviations(x: float) -> str:
     if not np.isfinite(x):
         return "dead"
-    return f"{x:+.1f}" if abs(x) < 99.5 else f"{x:+.0f}"
+    return f"{x:+.1f}" if abs(x) < 99.5 else f"{x:+.2g}"
 
 
 def _mean_and_deviation(x: np.ndarray) -> str:
@@ -132,8 +132,8 @@ def loss_table(results: Results, names: list[str]) -> list[str]:
         line = [name, _mean_and_deviation(losses), f"{results.spread(name):.2f}"]
         for cell in CELLS.values():
             shown = percent(results.excess(name, cell))
-            mark = "" if results.is_within(name, cell) or cell.form == USUAL else "! "
-            line.append(f"{mark}{shown} / {results.ratio(name, cell)}")
+            mark = "" if results.is_within(name, cell) or cell.form == USUAL else " !"
+            line.append(f"{shown} / {results.ratio(name, cell)}{mark}")
         lines.append(line)
     return table(["program", "usual's loss", "sd in % of the drop", *CELLS], lines)
 
