@@ -15,6 +15,7 @@ from ._checks import (
     check_state_type,
     check_transformation,
     check_updates,
+    given,
 )
 from ._find import find_states
 from ._numbers import wide
@@ -174,7 +175,7 @@ def accumulate(
         updates: optax.Updates,
         state: AccumulateState,
         params: optax.Params | None = None,
-        *,
+        *surplus: Any,
         value: jax.typing.ArrayLike | None = MISSING,
         is_last: jax.typing.ArrayLike = False,
         **extra_args: Any,
@@ -188,6 +189,7 @@ def accumulate(
             )
 
         # Average.
+        value = given(value, surplus, extra_args)
         is_told = value is not MISSING
         loss = as_loss(value) if is_told else None
         grad_norm = global_norm(updates)

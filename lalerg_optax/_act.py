@@ -23,7 +23,8 @@ def scale_of(
     limit = jnp.where(verdict == Verdict.BOUND, jnp.exp(seen.log_limit), jnp.inf)
     if clip_norm is not None:
         limit = jnp.minimum(limit, clip_norm)
-    return jnp.where(grad_norm > limit, limit / grad_norm, 1.0)
+    is_long = grad_norm > limit
+    return jnp.where(is_long, limit / jnp.where(is_long, grad_norm, 1.0), 1.0)
 
 
 def _scaled(g: jax.Array, scale: jax.Array) -> jax.Array:

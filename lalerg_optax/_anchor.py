@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._numbers import is_representable
+from ._numbers import is_representable, ratio, root
 from ._sums import sum_entries
 
 PyTree = Any
@@ -129,6 +129,9 @@ def look_back(
     nothing.
     """
     anchor = _on_device(anchor)
+    grads, grad_norm, anchor, params = lax.stop_gradient(
+        (grads, grad_norm, anchor, params)
+    )
     # Both ends of the way in the precision of the anchor. A step below the resolution
     # of a narrow dtype changes single entries by a whole unit or not at all, which is
     # right on average.
@@ -139,10 +142,10 @@ def look_back(
     size = sum_entries(lambda a: a * a, anchor)
     if axis_name is not None:
         product, square, size = lax.pmean((product, square, size), axis_name)
-    length = grad_norm * jnp.sqrt(square)
-    cosine = jnp.where(length > 0.0, product / length, 0.0)
+    length = grad_norm * root(square)
+    cosine = ratio(product, length)
     is_seen = jnp.isfinite(cosine) & jnp.isfinite(length) & (grad_norm > 0.0)
-    reach = jnp.where(size > 0.0, jnp.sqrt(square) / jnp.sqrt(size), 0.0)
+    reach = ratio(root(square), root(size))
     return (
         is_seen,
         jnp.where(is_seen, jnp.clip(cosine, -1.0, 1.0), 0.0),

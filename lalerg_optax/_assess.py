@@ -4,10 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ._history import NUM_START_VALUES, Z95, LossHistory
 from ._judge_rule import JudgeRule
-from ._numbers import LARGEST, SMALLEST
+from ._numbers import LARGEST, SMALLEST, log
 from ._records import Assessment, Conduct, RegulatorScalars
 from ._scalars import as_vector
 
@@ -46,12 +47,14 @@ def assess(
       norm_is_judged: whether a large norm is an error; one that is not finite
         always is.
     """
+    # decisions are no functions to differentiate: what is left is inner, and the step
+    value, grad_norm = lax.stop_gradient((value, grad_norm))
     if value is None:
         loss = jnp.zeros((), jnp.float32)
     else:
         loss = jnp.where(jnp.isfinite(value), jnp.clip(value, -LARGEST, LARGEST), value)
     # A zero gradient is no evidence: it is neither judged nor recorded.
-    log_norm = jnp.where(grad_norm > 0.0, jnp.log(grad_norm), jnp.nan)
+    log_norm = log(grad_norm)
     is_usable = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     # Both signals are judged by one rule. The norm has a scale of its own, and can be

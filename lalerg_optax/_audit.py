@@ -10,6 +10,7 @@ from jax import lax
 
 from ._anchor import look_back, move
 from ._judge_rule import JudgeRule
+from ._mapped import mapped_axes, spread
 from ._numbers import LARGEST
 from ._records import LOOKS, Assessment, Conduct, Decision, Look, RegulatorScalars
 from ._scalars import Scalars, as_vector, pack, read, unpack
@@ -237,13 +238,16 @@ def look_and_move(
             )
         # Read back: otherwise XLA repeats the sums that this depends on, over all
         # leaves, in the kernel of each.
-        report = pack(look)
-        return move(read(Look, report, "is_moved"), anchor, params), report
+        report = spread(pack(look), axes)
+        moved = move(read(Look, report, "is_moved"), anchor, params)
+        return spread(moved, axes), report
 
     def keep() -> tuple[optax.Params, Scalars]:
         looks = {name: getattr(last, name) for name in LOOKS} if audit else {}
-        return anchor, pack(Look(**looks))
+        return spread(anchor, axes), spread(pack(Look(**looks)), axes)
 
+    # under shard_map both have to differ over the same axes
+    axes = mapped_axes((params, grads, grad_norm, is_due, last))
     # The branch that passes a buffer through has to be the false one: as the true
     # one it costs a copy (https://github.com/jax-ml/jax/issues/39449).
     moved, report = lax.cond(is_due, look_now, keep)

@@ -47,6 +47,12 @@ def check_range(
     may have no value yet.
     """
     if isinstance(value, jax.Array):
+        if value.dtype in (jnp.bfloat16, jnp.float16):
+            raise ValueError(
+                f"{name} is of {value.dtype}, in which a decay of 0.999 is 1: with "
+                "optax.inject_hyperparams and params of that dtype, pass "
+                "hyperparam_dtype=jnp.float32."
+            )
         return
     if not isinstance(value, int | float | np.number | np.ndarray):
         raise ValueError(f"{name} must be a number, got {name} = {value!r}.")
@@ -112,6 +118,25 @@ def check_transformation(
         )
 
 
+def given(value: Any, surplus: tuple[Any, ...], extra_args: dict[str, Any]) -> Any:
+    """Returns the loss as it was given: as ``value``, or as ``loss``.
+
+    Levanter and MaxText call it ``loss``; it is taken out of the other arguments.
+
+    Raises:
+      TypeError: if it was given by position, or by both names.
+    """
+    if surplus:
+        raise TypeError(
+            "the loss is given by name: call update(grads, state, params, value=loss)."
+        )
+    if "loss" not in extra_args:
+        return value
+    if value is not MISSING:
+        raise TypeError("value and loss are two names of one argument: give one.")
+    return extra_args.pop("loss")
+
+
 def as_loss(value: jax.typing.ArrayLike | None) -> jax.Array | None:
     """Returns ``value`` as a float32 scalar; None stays None."""
     if value is None:
@@ -119,10 +144,11 @@ def as_loss(value: jax.typing.ArrayLike | None) -> jax.Array | None:
     if value is MISSING:
         raise TypeError(
             "update needs the keyword 'value', the mean loss of the batch: call "
-            "update(grads, state, params, value=loss). Where a library makes the call "
-            "and passes none, wrap the optimizer: lalerg_optax.without_value(tx) "
-            "judges by gradient norm alone, lalerg_optax.value_from_gradient(tx) gets "
-            "the loss through the gradient."
+            "update(grads, state, params, value=loss). Flax linen: take "
+            "lalerg_optax.flax.TrainState, whose apply_gradients passes it on. Where a "
+            "library makes the call and passes none, wrap the optimizer: "
+            "lalerg_optax.without_value(tx) judges by gradient norm alone, "
+            "lalerg_optax.value_from_gradient(tx) gets the loss through the gradient."
         )
     if isinstance(value, tuple | list):
         raise TypeError(
@@ -183,6 +209,43 @@ def check_updates(link: str, updates: Any, model: Any) -> None:
             f"{difference}. Pass the gradient of the mean loss with respect to the "
             "params that init was called with."
         )
+
+
+def as_arrays(tree: Any) -> Any:
+    """Returns a tree in which Python's numbers are arrays."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(x) if isinstance(x, float | complex) else x, tree
+    )
+
+
+def as_params(link: str, tree: Any) -> Any:
+    """Returns params (or what is like them) as arrays.
+
+    Python's numbers become arrays, and a ``jax.ShapeDtypeStruct``, of which only the
+    shape is known, an array of zeros.
+
+    Raises:
+      TypeError: if a leaf is no array, or not of floating point.
+    """
+
+    def as_array(path: Any, leaf: Any) -> Any:
+        where = jax.tree_util.keystr(path) or "(the whole)"
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+            raise TypeError(
+                f"{link}: leaf {where} of the params is no array: {leaf!r}. Of an "
+                "Equinox module pass equinox.filter(model, equinox.is_inexact_array)."
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"{link}: leaf {where} of the params is of {leaf.dtype}, and only "
+                "floating point can be trained: leave it out, or give it None. Of an "
+                "Equinox module pass equinox.filter(model, equinox.is_inexact_array)."
+            )
+        return leaf
+
+    return jax.tree.map_with_path(as_array, as_arrays(tree))
 
 
 def check_params(link: str, params: Any) -> None:

@@ -42,6 +42,20 @@ class LossHistory(NamedTuple):
     num_values: jax.Array
     start_value: jax.Array
 
+    def _whole(self) -> "LossHistory":
+        """Returns the record in one piece, where a mesh has ``Explicit`` axes.
+
+        A rule that shards every leaf of a state shards the window as well.
+        """
+
+        def whole(x: jax.Array) -> jax.Array:
+            spec = jax.typeof(x).sharding.spec
+            if all(part is None for part in spec):
+                return x
+            return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
+
+        return LossHistory(*map(whole, map(jnp.asarray, self)))
+
     @classmethod
     def empty(cls, size: int = WINDOW, shape: tuple[int, ...] = ()) -> "LossHistory":
         """Returns a record of ``size`` slots with nothing in it.
@@ -60,6 +74,7 @@ class LossHistory(NamedTuple):
 
     def record(self, value: jax.typing.ArrayLike) -> "LossHistory":
         """Returns the record with ``value`` added; NaN and Inf add nothing."""
+        self = self._whole()
         value = jnp.asarray(value, jnp.float32)
         finite = jnp.isfinite(value)
         size = self.values.shape[-1]
@@ -92,6 +107,7 @@ class LossHistory(NamedTuple):
         the right once a model fits. For normal noise it is the standard deviation.
         Both are 0 for an empty record.
         """
+        self = self._whole()
         size = self.values.shape[-1]
         num_values = self.num_values[..., None]
         slot = lax.broadcasted_iota(jnp.int32, self.values.shape, self.values.ndim - 1)

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from ._checks import MISSING, as_loss, check_range, check_state_type
+from ._checks import MISSING, as_loss, check_range, check_state_type, given
 from ._gate import open_gate
+from ._mapped import mapped_axes, spread
 from ._scalars import Scalars, count_if, pack, read, unpack
 from ._search import harm, step
 from ._search_rule import MacroScalars, Phase, SearchRule
@@ -148,23 +150,25 @@ def scale_by_macro_rate(
     unsearched = MacroScalars(phase=int(Phase.STEER))
 
     def init_fn(params: optax.Params) -> ScaleByMacroRateState:
-        del params
-        return ScaleByMacroRateState(pack(MacroScalars() if search else unsearched))
+        scalars = pack(MacroScalars() if search else unsearched)
+        return ScaleByMacroRateState(spread(scalars, mapped_axes(params)))
 
     def update_fn(
         updates: optax.Updates,
         state: ScaleByMacroRateState,
         params: optax.Params | None = None,
-        *,
+        *surplus: Any,
         value: jax.typing.ArrayLike | None = MISSING,
         verdict: jax.Array | None = None,
         audit: Audit | None = None,
         is_harmful: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByMacroRateState]:
-        del params, extra_args
+        del params
+        value = given(value, surplus, extra_args)
         check_state_type("scale_by_macro_rate", state, ScaleByMacroRateState)
         loss = jnp.zeros((), jnp.float32) if value is None else as_loss(value)
+        loss = lax.stop_gradient(loss)
         is_open, updates = open_gate(updates, verdict, loss)
 
         last = unpack(MacroScalars, state.scalars)

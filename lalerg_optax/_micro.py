@@ -8,6 +8,7 @@ import optax
 
 from ._checks import check_growing, check_range, check_state_type, check_updates
 from ._gate import open_gate
+from ._mapped import mapped_axes, spread
 from ._moments import (
     MomentRule,
     is_mean_of_squares,
@@ -148,8 +149,8 @@ def scale_by_micro_rate(
 
     def init_fn(params: optax.Params) -> ScaleByMicroRateState:
         return ScaleByMicroRateState(
-            micro_count=jnp.zeros((), jnp.int32),
-            num_micro_held=jnp.zeros((), jnp.int32),
+            micro_count=spread(jnp.zeros((), jnp.int32), mapped_axes(params)),
+            num_micro_held=spread(jnp.zeros((), jnp.int32), mapped_axes(params)),
             mu=jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype or wide(p)), params),
             nu=jax.tree.map(initial, params),
         )

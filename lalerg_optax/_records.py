@@ -183,7 +183,7 @@ class Assessment(NamedTuple):
       is_undone: whether much of the progress is lost; without a loss, `is_high`, bool.
       error: rise of the loss in units of what is tolerated, float32.
       norm_error: rise of the log norm likewise, float32.
-      log_norm: logarithm of the norm, NaN for a norm of 0 or NaN, float32.
+      log_norm: logarithm of the norm, minus infinity for a norm of 0, float32.
       log_limit: logarithm of the norm that a bounded gradient may have, float32.
       bound: factor that scales the gradient down to that, float32.
       weight: norm in units of its median, at most that of a bounded gradient, and in

@@ -1,5 +1,6 @@
 """Error regulation: judge every step; accept, bound, skip or revert it."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,15 @@ from ._assess import assess
 from ._audit import due, look_and_move
 from ._checks import (
     MISSING,
+    as_arrays,
     as_loss,
+    as_params,
     check_params,
     check_range,
     check_state,
     check_state_type,
     check_updates,
+    given,
     present_name,
 )
 from ._decide import decide, overruled
@@ -27,6 +31,7 @@ from ._inner import as_inner, loss_seen, report_of
 from ._judge_rule import JudgeRule
 from ._learn import learn
 from ._local import LocalView, init_local, leaf_squares
+from ._mapped import check_mapped, mapped_axes, spread
 from ._rate import learning_rate
 from ._records import RegulatorScalars
 from ._scalars import Scalars, pack, read, unpack
@@ -71,6 +76,22 @@ class ErrorRegulateState(NamedTuple):
         return read(RegulatorScalars, self.scalars, present_name(name))
 
 
+def _checked(
+    updates: optax.Updates,
+    state: Any,
+    params: optax.Params | None,
+    init: Callable[[Any], Any],
+) -> tuple[optax.Updates, optax.Params]:
+    """Returns gradients and params as arrays, after all checks of a call."""
+    link = "error_regulate"
+    check_params(link, params)
+    check_state_type(link, state, ErrorRegulateState)
+    updates, params = as_arrays(updates), as_params(link, params)
+    check_updates(link, updates, params)
+    check_state(link, state, init, params)
+    return updates, params
+
+
 def error_regulate(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -107,7 +128,7 @@ def error_regulate(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose ``update`` takes the keyword
-      ``value``: a scalar, the mean loss at the current params, or None to judge by
+      ``value`` (or ``loss``): the mean loss at the current params, or None to judge by
       gradient norm alone. Updates have the dtypes of the params.
 
     Raises:
@@ -170,11 +191,13 @@ def error_regulate(
     )
 
     def init_fn(params: optax.Params) -> ErrorRegulateState:
+        params = as_params("error_regulate", params)
         inner_state = chained.init(params)
         base_rate = learning_rate(chained, inner_state)
+        axes = mapped_axes(params)
         return ErrorRegulateState(
-            scalars=pack(RegulatorScalars(base_rate=base_rate)),
-            history=LossHistory.empty(shape=(2,)),
+            scalars=spread(pack(RegulatorScalars(base_rate=base_rate)), axes),
+            history=spread(LossHistory.empty(shape=(2,)), axes),
             anchor=copy_params(params, anchor_dtype, anchor_memory),
             inner_state=inner_state,
             local=init_local(params) if local else None,
@@ -184,23 +207,21 @@ def error_regulate(
         updates: optax.Updates,
         state: ErrorRegulateState,
         params: optax.Params | None = None,
-        *,
+        *surplus: Any,
         value: jax.typing.ArrayLike | None = MISSING,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ErrorRegulateState]:
-        check_params("error_regulate", params)
-        check_state_type("error_regulate", state, ErrorRegulateState)
-        check_updates("error_regulate", updates, params)
-        check_state("error_regulate", state, init_fn, params)
+        updates, params = _checked(updates, state, params, init_fn)
 
         # Measure.
         base_rate = learning_rate(chained, state.inner_state)
         last = unpack(RegulatorScalars, state.scalars)._replace(base_rate=base_rate)
         grad_norm = global_norm(updates)
-        value = as_loss(value)
+        value = as_loss(given(value, surplus, extra_args))
         squares = leaf_squares(updates, params) if local else None
         if axis_name is not None:
             value, grad_norm = lax.pmean((value, grad_norm), axis_name)
+        check_mapped("error_regulate", params, value, grad_norm)
 
         # Assess, look, decide, learn: scalars, except for the anchor.
         is_judged = not is_flat or value is None

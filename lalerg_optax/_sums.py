@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ._numbers import root
+
 PyTree = Any
 
 _MAX_SMALL_ENTRIES = 2**14  # larger leaves are worth a kernel of their own
@@ -77,4 +79,4 @@ def sum_entries(term: Callable[..., jax.Array], *trees: PyTree) -> jax.Array:
 
 def global_norm(tree: PyTree) -> jax.Array:
     """Returns the global l2 norm, accumulated in float32 whatever the dtypes."""
-    return jnp.sqrt(sum_entries(lambda x: x * x, tree))
+    return root(sum_entries(lambda x: x * x, tree))

@@ -243,3 +243,112 @@ def test_a_search_that_is_switched_on_in_mid_run_begins():
     params, state = descend(on, params, 300, state)
     assert lo.metrics(state)["macro_rate"] > 1e3
     assert jnp.sum(params**2) < 0.1
+
+
+# ---- The loss by another name, and what is no parameter ------------------------------
+
+
+@pytest.mark.parametrize("name", [*REGULATORS, "scale_by_macro_rate", "accumulate"])
+def test_loss_is_understood_as_value(name):
+    tx = (LINKS | {"accumulate": lo.accumulate(lo.lalerg(), 1)})[name]
+    state = tx.init(PARAMS)
+    by_value = tx.update(PARAMS, state, PARAMS, value=jnp.float32(0.5))
+    by_loss = tx.update(PARAMS, state, PARAMS, loss=jnp.float32(0.5))
+    jax.tree.map(np.testing.assert_array_equal, by_value, by_loss)
+    with pytest.raises(TypeError, match="two names of one argument"):
+        tx.update(PARAMS, state, PARAMS, value=0.5, loss=0.5)
+
+
+@pytest.mark.parametrize("name", [*REGULATORS, "scale_by_macro_rate"])
+def test_a_positional_loss_is_told_its_name(name):
+    tx = LINKS[name]
+    with pytest.raises(TypeError, match="the loss is given by name"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, 0.5)
+
+
+@regulators
+@pytest.mark.parametrize(
+    ("leaf", "wrong"),
+    [
+        (jnp.arange(3), "leaf ['more'] of the params is of int32"),
+        (np.zeros(3, bool), "leaf ['more'] of the params is of bool"),
+        (jax.nn.relu, "leaf ['more'] of the params is no array"),
+        ("tanh", "leaf ['more'] of the params is no array"),
+    ],
+    ids=["int", "bool", "a function", "a name"],
+)
+def test_what_is_no_parameter_is_named(name, leaf, wrong):
+    with pytest.raises(TypeError, match=r"equinox\.filter") as error:
+        REGULATORS[name].init(PARAMS | {"more": leaf})
+    assert wrong in reason(error)
+
+
+@regulators
+def test_python_numbers_are_params(name):
+    tx, params = REGULATORS[name], {"a": 2.0, "b": 1.0}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update({"a": 0.5, "b": 0.0}, state, params, value=1.0)
+    assert updates["a"].dtype == jnp.float32
+
+
+@regulators
+def test_abstract_params_are_enough_for_a_state(name):
+    tx = REGULATORS[name]
+    abstract = jax.eval_shape(lambda: PARAMS)
+    state, expected = tx.init(abstract), tx.init(PARAMS)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), state, expected)
+    _, state = tx.update(PARAMS, state, PARAMS, value=1.0)
+
+
+def test_hyperparameters_in_bfloat16_are_refused():
+    params = jnp.ones(3, jnp.bfloat16)
+    tx = optax.inject_hyperparams(lo.lalerg)(learning_rate=1e-3)
+    with pytest.raises(ValueError, match=r"hyperparam_dtype=jnp\.float32"):
+        tx.init(params)
+    tx = optax.inject_hyperparams(lo.lalerg, hyperparam_dtype=jnp.float32)(1e-3)
+    updates, _ = tx.update(params, tx.init(params), params, value=1.0)
+    assert jnp.all(updates < 0.0)
+
+
+def test_linens_own_train_state_is_told_of_ours():
+    train_state = pytest.importorskip("flax.training.train_state")
+    state = train_state.TrainState.create(
+        apply_fn=None, params=dict(PARAMS), tx=lo.lalerg()
+    )
+    with pytest.raises(TypeError, match=r"lalerg_optax\.flax\.TrainState"):
+        state.apply_gradients(grads=dict(PARAMS), value=1.0)
+
+
+# ---- Derivatives, and the search for NaNs --------------------------------------------
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_gradient_of_zero_has_a_derivative(clip_norm):
+    tx = lo.error_regulate(optax.sgd(0.1), clip_norm=clip_norm)
+    start = jnp.ones(4)
+
+    def end_loss(params):
+        state = tx.init(params)
+        for scale in (0.0, 1.0, 0.0, 1.0):
+            loss = jnp.sum(params**2)
+            updates, state = tx.update(scale * params, state, params, value=loss)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum(params**2)
+
+    _, forward = jax.jvp(end_loss, (start,), (start,))
+    backward = jnp.vdot(jax.grad(end_loss)(start), start)
+    assert jnp.isfinite(forward)
+    np.testing.assert_allclose(forward, backward, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lalerg", "error_regulate(adamw)"])
+def test_a_healthy_run_makes_no_nan(name):
+    tx, params = REGULATORS[name], jnp.array([1.0, -2.0])
+    state = tx.init(params)
+    with jax.debug_nans(True):
+        for i in range(20):
+            grads = params * (i % 7 != 0)  # and none at all now and then
+            updates, state = tx.update(grads, state, params, value=jnp.sum(params**2))
+            params = lo.apply_updates(params, updates, state)
+        lo.metrics(state)

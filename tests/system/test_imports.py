@@ -16,7 +16,7 @@ MOST_LINES = 300
 # The rooms, floor by floor: none imports from a floor above its own.
 FLOORS = (
     # what all share
-    "_numbers _scalars _verdict _checks _sums _history _find",
+    "_numbers _scalars _verdict _checks _sums _history _find _mapped",
     # records, trees, windows
     "_judge_rule _search_rule _anchor _moments _windows _rise _gate _local _rate",
     "_records",
