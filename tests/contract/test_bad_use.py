@@ -297,7 +297,9 @@ def test_abstract_params_are_enough_for_a_state(name):
     tx = REGULATORS[name]
     abstract = jax.eval_shape(lambda: PARAMS)
     state, expected = tx.init(abstract), tx.init(PARAMS)
-    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), state, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_equal(a.shape, b.shape), state, expected
+    )
     _, state = tx.update(PARAMS, state, PARAMS, value=1.0)
 
 

@@ -283,3 +283,83 @@ def test_anchor_in_host_memory_is_that_on_the_device_step_by_step(specs):
         ends.append((verdicts, jax.tree.map(np.asarray, params)))
     assert ends[0][0] == ends[1][0]
     jax.tree.map(np.testing.assert_array_equal, ends[0][1], ends[1][1])
+
+
+# ---- Mapped axes that JAX tracks, and explicit ones ----------------------------------
+
+
+def line_mesh(kind=jax.sharding.AxisType.Auto):
+    return jax.make_mesh((8,), ("d",), axis_types=(kind,))
+
+
+@pytest.mark.parametrize("is_tracked", [True, False], ids=["check_vma", "unchecked"])
+@pytest.mark.parametrize("name", ["search from below", "regulated adamw"])
+def test_a_run_for_each_device_begins_inside_of_shard_map(name, is_tracked):
+    tx, starts = OPTIMIZERS[name](), jnp.linspace(1.0, 2.0, 16).reshape(8, 2)
+
+    def run(start):
+        def step(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return (lo.apply_updates(params, updates, state), state), loss
+
+        params = start[0]
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, 60)
+        return params[None]
+
+    mapped = jax.shard_map(
+        run, mesh=line_mesh(), in_specs=P("d"), out_specs=P("d"), check_vma=is_tracked
+    )
+    ends = jax.jit(mapped)(starts)
+    alone = jnp.stack([run(start[None])[0] for start in starts[::7]])
+    np.testing.assert_allclose(ends[::7], alone, rtol=RTOL, atol=1e-6)
+    assert jnp.all(jnp.abs(ends) < jnp.abs(starts))
+
+
+@pytest.mark.parametrize("name", ["search from below", "regulated adamw"])
+def test_a_forgotten_axis_name_is_told_where_axes_are_tracked(name):
+    tx, params = OPTIMIZERS[name](), jnp.ones(4)
+
+    def step(params, state, x):
+        loss, grads = jax.value_and_grad(lambda p: jnp.mean((p * x[0]) ** 2))(params)
+        return tx.update(grads, state, params, value=loss)
+
+    mapped = jax.shard_map(
+        step, mesh=line_mesh(), in_specs=(P(), P(), P("d")), out_specs=P()
+    )
+    with pytest.raises(ValueError, match="make the optimizer with axis_name='d'"):
+        jax.jit(mapped)(params, tx.init(params), jnp.ones((8, 4)))
+
+
+@pytest.mark.parametrize("name", ["search from below", "regulated adamw"])
+def test_explicit_axes_keep_the_shardings_of_a_state(name):
+    tx, mesh = OPTIMIZERS[name](), line_mesh(jax.sharding.AxisType.Explicit)
+    start = jnp.linspace(0.5, 1.5, 64).reshape(16, 4)
+
+    def run(params, state, num_steps=40):
+        @jax.jit
+        def step(params, state):
+            loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2))(params)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return lo.apply_updates(params, updates, state), state
+
+        for _ in range(num_steps):
+            params, state = step(params, state)
+        return params, state
+
+    expected, _ = run(start, tx.init(start))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(start, NamedSharding(mesh, P("d")))
+        state = tx.init(params)
+
+        def sharded(x):  # as a rule that shards all that is large would
+            is_large = x.size >= 128 and x.shape[-1] % 8 == 0
+            spec = P(*[None] * (x.ndim - 1), "d") if is_large else None
+            return x if spec is None else jax.device_put(x, NamedSharding(mesh, spec))
+
+        for begun in (state, jax.tree.map(sharded, state)):
+            params_end, end = run(params, begun)
+            np.testing.assert_allclose(params_end, expected, rtol=RTOL)
+            assert end.anchor.sharding.spec == P("d", None)
+            assert params_end.sharding.spec == P("d", None)
