@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.drive import descend
+from helpers.quick import some
 
 import lalerg_optax as lo
 
@@ -325,11 +326,12 @@ def test_linens_own_train_state_is_told_of_ours():
 # ---- Derivatives, and the search for NaNs --------------------------------------------
 
 
-@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("clip_norm", some([None, 1.0], 1.0))
 def test_a_gradient_of_zero_has_a_derivative(clip_norm):
     tx = lo.error_regulate(optax.sgd(0.1), clip_norm=clip_norm)
     start = jnp.ones(4)
 
+    @jax.jit
     def end_loss(params):
         state = tx.init(params)
         for scale in (0.0, 1.0, 0.0, 1.0):
@@ -344,7 +346,7 @@ def test_a_gradient_of_zero_has_a_derivative(clip_norm):
     np.testing.assert_allclose(forward, backward, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lalerg", "error_regulate(adamw)"])
+@pytest.mark.parametrize("name", some(["lalerg", "error_regulate(adamw)"], "lalerg"))
 def test_a_healthy_run_makes_no_nan(name):
     tx, params = REGULATORS[name], jnp.array([1.0, -2.0])
     state = tx.init(params)
