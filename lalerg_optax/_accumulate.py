@@ -10,7 +10,9 @@ from jax import lax
 
 from ._checks import (
     MISSING,
+    as_arrays,
     as_loss,
+    as_params,
     check_range,
     check_state_type,
     check_transformation,
@@ -158,6 +160,8 @@ def accumulate(
     chained = optax.with_extra_args_support(tx)
 
     def init_fn(params: optax.Params) -> AccumulateState:
+        params = as_params("accumulate", params)
+
         def count() -> jax.Array:  # each one a buffer of its own: they are donated
             return jnp.zeros((), jnp.int32)
 
@@ -181,6 +185,7 @@ def accumulate(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateState]:
         check_state_type("accumulate", state, AccumulateState)
+        updates = as_arrays(updates)
         check_updates("accumulate", updates, state.mean_grads)
         if "verdict" in extra_args:
             raise ValueError(

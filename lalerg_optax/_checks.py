@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-MISSING: Any = object()  # a forgotten value, as opposed to None
+
+class _Missing:
+    """A forgotten value, as opposed to None; pickled by reference."""
+
+
+MISSING: Any = _Missing
 
 
 # Names of scalars in metrics and states of 0.1; they will be removed in 0.3.
@@ -47,7 +52,8 @@ def check_range(
     may have no value yet.
     """
     if isinstance(value, jax.Array):
-        if value.dtype in (jnp.bfloat16, jnp.float16):
+        is_narrow = value.dtype in (jnp.bfloat16, jnp.float16)
+        if is_narrow and name != "learning_rate":  # which is a factor, whatever it is
             raise ValueError(
                 f"{name} is of {value.dtype}, in which a decay of 0.999 is 1: with "
                 "optax.inject_hyperparams and params of that dtype, pass "

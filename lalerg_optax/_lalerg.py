@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from ._checks import check_range
@@ -12,29 +11,7 @@ from ._inner import restart_with_audit
 from ._macro import scale_by_macro_rate
 from ._micro import Decay, scale_by_micro_rate
 from ._regulate import error_regulate
-from ._second_level import as_second_level
-
-_WEIGHT_DECAY = 1e-4  # that of optax.adamw
-
-
-def _decay_beside(weight_decay: Any, decays: Any) -> Any:
-    """Returns the weight decay of the chain, given whether the second level has one.
-
-    Raises:
-      ValueError: if params would decay twice.
-    """
-    if weight_decay is None:
-        if isinstance(decays, bool):
-            return 0.0 if decays else _WEIGHT_DECAY
-        return jnp.where(decays, 0.0, _WEIGHT_DECAY)  # known in the trace only
-    is_twice = decays is True and not isinstance(weight_decay, jax.Array)
-    if is_twice and weight_decay != 0.0:
-        raise ValueError(
-            f"weight_decay = {weight_decay} would be added to that of micro, which "
-            "decays the params by itself: leave one of the two out, "
-            "micro=optax.lion(1.0, weight_decay=0.0), say."
-        )
-    return weight_decay
+from ._second_level import WEIGHT_DECAY, as_second_level, decay_beside
 
 
 def lalerg(
@@ -115,20 +92,22 @@ def lalerg(
     (``anneal``). With ``search=False``, ``b2=0.999``, ``gradient_share=0`` and nothing
     to object to, it takes the steps of ``optax.adamw``. All equations are our own.
     """
-    decays: Any = False
+    if weight_decay is not None:
+        check_range("weight_decay", weight_decay, 0.0, float("inf"))
+    if not callable(learning_rate):
+        check_range("learning_rate", learning_rate, 0.0, float("inf"))
     if micro is None:
         second_level = scale_by_micro_rate(b1, b2, eps, gradient_share=gradient_share)
+        rate = WEIGHT_DECAY if weight_decay is None else weight_decay
+        decay = optax.add_decayed_weights(rate, mask)
     else:
         turned, decays = as_second_level(micro)
         second_level = restart_with_audit(turned)
-    weight_decay = _decay_beside(weight_decay, decays)
-    check_range("weight_decay", weight_decay, 0.0, float("inf"))
-    if not callable(learning_rate):
-        check_range("learning_rate", learning_rate, 0.0, float("inf"))
+        decay = decay_beside(weight_decay, mask, decays)
     return error_regulate(
         optax.chain(
             second_level,
-            optax.add_decayed_weights(weight_decay, mask),
+            decay,
             scale_by_macro_rate(search=search, anneal=not callable(learning_rate)),
             optax.scale_by_learning_rate(learning_rate),
         ),

@@ -13,13 +13,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._find import find_states
 from ._numbers import UNKNOWN
 
+# states of what finds a rate by itself
+OWN_RATE: tuple[type, ...] = (
+    *(
+        getattr(optax.contrib, name)
+        for name in (
+            *("COCOBState", "DAdaptAdamWState", "DoGState", "DoWGState"),
+            *("MechanicState", "MomoAdamState", "MomoState", "ProdigyState"),
+            *("ReduceLROnPlateauState", "ScheduleFreeState"),
+        )
+    ),
+    optax.ScaleByBacktrackingLinesearchState,
+    optax.ScaleByZoomLinesearchState,
+)
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 def _enclosed(function: Any) -> dict[str, Any]:
-    """Returns what a function takes from the one that it was made in."""
+    """Returns what a function of Optax takes from the one that it was made in."""
+    module = getattr(function, "__module__", None) or ""
+    if module.partition(".")[0] not in ("optax", "lalerg_optax"):
+        return {}  # names in other closures may mean anything
     try:
         return dict(inspect.getclosurevars(function).nonlocals)
     except (TypeError, ValueError):  # no Python function, or not all is there yet
@@ -77,9 +94,16 @@ def learning_rate(tx: Any, state: Any) -> jax.Array:
     multiplied by: in chains, in Optax's own optimizers, in ``optax.inject_hyperparams``
     and, where all groups have the same, in ``optax.partition``.
     """
-    factors = [f for f in _factors(tx.update, state) if jnp.ndim(f) == 0]
-    if not factors:
-        return jnp.full((), UNKNOWN, jnp.float32)
+    unknown = jnp.full((), UNKNOWN, jnp.float32)
+    if any(find_states(state, kind) for kind in OWN_RATE):
+        return unknown
+    try:
+        factors = [f for f in _factors(tx.update, state) if jnp.ndim(f) == 0]
+    except Exception:  # a schedule that cannot be traced, say
+        return unknown
+    rates = [f for f in factors if isinstance(f, jax.Array) or abs(f) != 1.0]
+    if not factors or (len(rates) > 1 and find_states(state, optax.MaskedState)):
+        return unknown
     is_known = jnp.stack([jnp.asarray(f) != UNKNOWN for f in factors]).all()
     product = _product(factors)
     return jnp.where(is_known & jnp.isfinite(product), product, UNKNOWN)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._accumulate import AccumulateState
+from ._adapters import TracksParamsState
 from ._history import LossHistory
 from ._macro import ScaleByMacroRateState
 from ._records import RegulatorScalars
@@ -13,7 +15,12 @@ from ._regulate import ErrorRegulateState
 from ._scalars import pack, unpack
 from ._search_rule import MacroScalars
 
-_OWN = (ErrorRegulateState, ScaleByMacroRateState)
+_OWN = (
+    ErrorRegulateState,
+    ScaleByMacroRateState,
+    TracksParamsState,
+    AccumulateState,
+)
 _KEPT_BY_REGULATOR = (
     *("damping_factor", "num_well", "base_rate", "alignment_scale", "look_variance"),
     *("num_accepted", "num_bounded", "num_skipped", "num_revert_steps", "num_trials"),
@@ -45,7 +52,11 @@ def rebase(params: optax.Params, opt_state: optax.OptState) -> optax.OptState:
     counters, and the state of the inner transformation: reset the moments of a layer
     yourself where that matters (after the scale of the loss has grown, Adam's next
     steps are as much larger). As at the start of a run, norms are judged from the
-    second step on and losses from the 17th.
+    second step on and losses from the 17th. A half group of `accumulate` is dropped.
+    With Flax NNX::
+
+        params = nnx.state(model, nnx.Param)
+        optimizer.opt_state = lo.rebase(params, optimizer.opt_state)
 
     Args:
       params: the params from now on, a tree like the one that ``opt_state`` was made
@@ -74,7 +85,15 @@ def rebase(params: optax.Params, opt_state: optax.OptState) -> optax.OptState:
     def anew(node: Any) -> Any:
         if isinstance(node, ScaleByMacroRateState):
             known = unpack(MacroScalars, node.scalars)
-            return ScaleByMacroRateState(pack(_kept(known, _KEPT_BY_MACRO)))
+            return _with(node, scalars=pack(_kept(known, _KEPT_BY_MACRO)))
+        if isinstance(node, AccumulateState):  # the present group begins again
+            inner = _everywhere(anew, node.inner_state)
+            none = jnp.zeros_like(_leaf(node.num_averaged))
+            return _with(node, num_averaged=none)._replace(inner_state=inner)
+        if isinstance(node, TracksParamsState):
+            tracked = _anchored(node.tracked_params, params)
+            inner = _everywhere(anew, node.inner_state)
+            return node._replace(tracked_params=tracked, inner_state=inner)
         if not isinstance(node, ErrorRegulateState):
             return node
         found.append(node)
@@ -82,9 +101,11 @@ def rebase(params: optax.Params, opt_state: optax.OptState) -> optax.OptState:
         fresh = _kept(known, _KEPT_BY_REGULATOR)
         # no revert goes back to the start of the run any more
         passed = jnp.maximum(known.num_audits_passed, 1)
-        return node._replace(
+        return _with(
+            node,
             scalars=pack(fresh._replace(num_audits_passed=passed)),
             history=LossHistory.empty(shape=(2,)),
+        )._replace(
             anchor=_anchored(node.anchor, params),
             inner_state=_everywhere(anew, node.inner_state),
         )
@@ -100,17 +121,31 @@ def _everywhere(anew: Any, state: Any) -> Any:
     return jax.tree.map(anew, state, is_leaf=lambda node: isinstance(node, _OWN))
 
 
+def _leaf(node: Any) -> Any:
+    (leaf,) = jax.tree.leaves(node)  # NNX wraps it in a variable
+    return leaf
+
+
+def _with(state: Any, **parts: Any) -> Any:
+    """Returns a state with new parts, in the containers of the old ones (NNX's)."""
+    kept = {
+        name: jax.tree.unflatten(
+            jax.tree.structure(getattr(state, name)), jax.tree.leaves(part)
+        )
+        for name, part in parts.items()
+    }
+    return state._replace(**kept)
+
+
 def _anchored(anchor: optax.Params, params: optax.Params) -> optax.Params:
-    """Returns copies of the params, with the dtypes and in the memory of the anchor."""
+    """Returns copies of the params, with the dtypes and in the memory of the anchor.
+
+    They are paired in order, because Flax NNX has other containers in its state.
+    """
 
     def copied(a: Any, p: Any) -> Any:
         if isinstance(a, optax.MaskedNode):
             return a
-        if jnp.shape(a) != jnp.shape(p):
-            raise ValueError(
-                f"params do not fit the state: one has the shape {jnp.shape(p)} where "
-                f"the anchor has {jnp.shape(a)}. Make a new state, tx.init(params)."
-            )
         copy = jnp.copy(jnp.asarray(p, a.dtype))
         space = jax.typeof(a).memory_space
         is_there = jax.typeof(copy).memory_space == space
@@ -119,11 +154,17 @@ def _anchored(anchor: optax.Params, params: optax.Params) -> optax.Params:
     def is_masked(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode)
 
-    try:
-        jax.tree.map(lambda a, p: None, anchor, params, is_leaf=is_masked)
-    except (TypeError, ValueError) as error:
+    old, tree = jax.tree.flatten(anchor, is_leaf=is_masked)
+    new = jax.tree.leaves(params)
+    shapes = [
+        (jnp.shape(p) if is_masked(a) else jnp.shape(a), jnp.shape(p))
+        for a, p in zip(old, new, strict=False)
+    ]
+    if len(old) != len(new) or any(a != p for a, p in shapes):
         raise ValueError(
-            "params do not fit the state: their trees differ. The order is "
-            "rebase(params, opt_state)."
-        ) from error
-    return jax.tree.map(copied, anchor, params, is_leaf=is_masked)
+            "params do not fit the state: it was made for "
+            f"{len(old)} leaves, {[a for a, _ in shapes]}, and not for {len(new)}, "
+            f"{[p for _, p in shapes]}. The order is rebase(params, opt_state); "
+            "under vmap, jax.vmap(rebase). For other params make a new state."
+        )
+    return jax.tree.unflatten(tree, map(copied, old, new))

@@ -1,5 +1,6 @@
 """Error regulation: judge every step; accept, bound, skip or revert it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from ._judge_rule import JudgeRule
 from ._learn import learn
 from ._local import LocalView, init_local, leaf_squares
 from ._mapped import check_mapped, mapped_axes, spread
+from ._numbers import UNKNOWN
 from ._rate import learning_rate
 from ._records import RegulatorScalars
 from ._scalars import Scalars, pack, read, unpack
@@ -80,7 +82,7 @@ def _checked(
     updates: optax.Updates,
     state: Any,
     params: optax.Params | None,
-    init: Callable[[Any], Any],
+    init: Callable[..., Any],
 ) -> tuple[optax.Updates, optax.Params]:
     """Returns gradients and params as arrays, after all checks of a call."""
     link = "error_regulate"
@@ -88,7 +90,7 @@ def _checked(
     check_state_type(link, state, ErrorRegulateState)
     updates, params = as_arrays(updates), as_params(link, params)
     check_updates(link, updates, params)
-    check_state(link, state, init, params)
+    check_state(link, state, functools.partial(init, is_checked=True), params)
     return updates, params
 
 
@@ -176,10 +178,8 @@ def error_regulate(
     check_anchor_dtype(anchor_dtype)
     check_anchor_memory(anchor_memory)
     is_flat = inner is None
-    if is_flat and audit:
-        raise ValueError("audit needs the gradient, which the flat form does not see.")
-    if is_flat and local:
-        raise ValueError("local needs the gradient, which the flat form does not see.")
+    for name in [*["audit"] * audit, *["local"] * local] if is_flat else []:
+        raise ValueError(f"{name} needs the gradient: the flat form does not see it.")
     chained = as_inner(optax.identity() if is_flat else inner)
     rule = JudgeRule(
         threshold=threshold,
@@ -190,10 +190,12 @@ def error_regulate(
         recovery_steps=recovery_steps,
     )
 
-    def init_fn(params: optax.Params) -> ErrorRegulateState:
+    def init_fn(
+        params: optax.Params, *, is_checked: bool = False
+    ) -> ErrorRegulateState:
         params = as_params("error_regulate", params)
         inner_state = chained.init(params)
-        base_rate = learning_rate(chained, inner_state)
+        base_rate = UNKNOWN if is_checked else learning_rate(chained, inner_state)
         axes = mapped_axes(params)
         return ErrorRegulateState(
             scalars=spread(pack(RegulatorScalars(base_rate=base_rate)), axes),

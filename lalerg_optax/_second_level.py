@@ -1,5 +1,6 @@
 """Second level: a rule or a whole optimizer, turned so that it points uphill."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,24 +11,17 @@ import optax
 from ._checks import check_transformation
 from ._find import find_states
 from ._macro import ScaleByMacroRateState
+from ._rate import OWN_RATE
 from ._regulate import ErrorRegulateState
 
+WEIGHT_DECAY = 1e-4  # that of optax.adamw
 _OWN_RATE = (
     "finds its rate by itself, against which no search can work: protect it as it is, "
     "lalerg_optax.error_regulate(optimizer)."
 )
 # states of what cannot be a second level, and why
 _REFUSED: dict[type, str] = {
-    **{
-        getattr(optax.contrib, name): _OWN_RATE
-        for name in (
-            *("COCOBState", "DAdaptAdamWState", "DoGState", "DoWGState"),
-            *("MechanicState", "MomoAdamState", "MomoState", "ProdigyState"),
-            "ReduceLROnPlateauState",
-        )
-    },
-    optax.ScaleByBacktrackingLinesearchState: _OWN_RATE,
-    optax.ScaleByZoomLinesearchState: _OWN_RATE,
+    **dict.fromkeys(OWN_RATE, _OWN_RATE),
     optax.contrib.ScheduleFreeState: (
         "keeps params of its own, which a rate from outside would tear apart: protect "
         "it as it is, lalerg_optax.error_regulate(optimizer)."
@@ -48,6 +42,9 @@ _REFUSED: dict[type, str] = {
         "has a first level already: pass the part that scales the gradient."
     ),
 }
+
+
+_TRIAL_STEPS = 4
 
 
 class _Trial(NamedTuple):
@@ -75,21 +72,26 @@ class _Trial(NamedTuple):
 
 
 def _try_out(tx: Any, params: optax.Params) -> _Trial:
-    """Takes two steps uphill from zero; none from zero, and from one, for decay."""
+    """Takes a few steps uphill; and as many without a gradient from zero and from one.
+
+    A warm-up may begin with a rate of zero, and some of Optax's links wait for others.
+    """
     zeros, ones = optax.tree.zeros_like(params), optax.tree.ones_like(params)
-    state = tx.init(zeros)
-    slopes = jnp.zeros(len(jax.tree.leaves(params)))
-    for _ in range(2):  # a warm-up may begin with a rate of zero
-        updates, state = tx.update(ones, state, zeros, value=jnp.ones(()))
-        slopes += jnp.stack([jnp.sum(u).real for u in jax.tree.leaves(updates)])
-    idle = [
-        tx.update(zeros, tx.init(p), p, value=jnp.ones(()))[0] for p in (zeros, ones)
-    ]
-    decay = _turned(optax.tree.sub(*reversed(idle)), _Trial(slopes, False).sign)
-    entries = [u.real for u in jax.tree.leaves(decay)]
+
+    def steps(grads: optax.Updates, start: optax.Params) -> optax.Updates:
+        state, total = tx.init(start), zeros
+        for _ in range(_TRIAL_STEPS):
+            updates, state = tx.update(grads, state, start, value=jnp.ones(()))
+            total = optax.tree.add(total, updates)
+        return total
+
+    slopes = [jnp.sum(u).real for u in jax.tree.leaves(steps(ones, ones))]
+    trial = _Trial(jnp.stack(slopes), False)
+    idle = optax.tree.sub(steps(zeros, ones), steps(zeros, zeros))
+    entries = [u.real for u in jax.tree.leaves(_turned(idle, trial.sign))]
     has_grown = jnp.stack([jnp.any(u < 0.0) for u in entries]).any()
     has_fallen = jnp.stack([jnp.any(u > 0.0) for u in entries]).any()
-    return _Trial(slopes, has_fallen & ~has_grown)
+    return trial._replace(decays=has_fallen & ~has_grown)
 
 
 def _turned(updates: optax.Updates, sign: Any) -> optax.Updates:
@@ -118,9 +120,10 @@ def _trial(tx: Any, params: optax.Params) -> _Trial | None:
 def _small(params: optax.Params) -> optax.Params:
     """Returns params of the same tree, with at most two entries in each dimension."""
 
-    def shrink(p: Any) -> jax.Array:
+    def shrink(p: Any) -> np.ndarray:
+        # of NumPy, because what is made inside of jit has no value
         shape = tuple(min(n, 2) for n in jnp.shape(p))
-        return jnp.ones(shape, jnp.result_type(p))
+        return np.ones(shape, jnp.result_type(p))
 
     return jax.tree.map(shrink, params)
 
@@ -141,6 +144,12 @@ def _check_trial(trial: _Trial | None) -> None:
     """Raises a ValueError where leaves point in different directions."""
     if trial is None or not trial.is_known:
         return
+    if not np.any(trial.slopes):
+        raise ValueError(
+            "micro changes nothing in its first steps, so that it does not show which "
+            "way it points. Pass a schedule as learning_rate, and accumulate around "
+            "the whole."
+        )
     if np.any(trial.slopes < 0.0) and np.any(trial.slopes > 0.0):
         raise ValueError(
             "micro points uphill for some params and downhill for others: a part of it "
@@ -151,13 +160,13 @@ def _check_trial(trial: _Trial | None) -> None:
 
 def as_second_level(
     micro: Any,
-) -> tuple[optax.GradientTransformationExtraArgs, Any]:
-    """Returns ``micro``, pointing uphill, and whether it decays params by itself.
+) -> tuple[optax.GradientTransformationExtraArgs, Callable[[optax.Params], Any]]:
+    """Returns ``micro``, pointing uphill, and of params whether it decays them.
 
     A rule of Optax (``optax.scale_by_lion()``) points uphill, an optimizer
     (``optax.lion(1.0)``) downhill. Which of the two it is shows when it is tried on two
     by two params, or on small ones with the tree of the real ones where that is not
-    possible. What cannot be tried at all is taken as a rule.
+    possible. What cannot be tried at all is taken as a rule without decay.
 
     Raises:
       TypeError: if ``micro`` is not a transformation or refuses extra arguments.
@@ -165,28 +174,31 @@ def as_second_level(
     """
     check_transformation("micro", micro, example="optax.scale_by_lion()")
     tx = optax.with_extra_args_support(micro)
-    square = jnp.ones((2, 2))
+    square = np.ones((2, 2), np.float32)
     _check_states(tx, square)
     known = _trial(tx, square)
     _check_trial(known)
-    trials: dict[Any, Any] = {}  # of trees, because eager steps come one by one
+    trials: dict[Any, _Trial] = {}  # of trees, because eager steps come one by one
 
-    def sign_for(params: optax.Params) -> Any:
+    def trial_on(params: optax.Params) -> _Trial:
         if known is not None:
-            return known.sign
+            return known
         leaves, structure = jax.tree.flatten(params)
-        key = structure, *((jnp.shape(p)[:2], str(jnp.result_type(p))) for p in leaves)
-        if key not in trials:
-            trial = _trial(tx, _small(params))
-            _check_trial(trial)
-            if trial is not None and not trial.is_known:
-                return trial.sign  # of this trace only
-            trials[key] = 1.0 if trial is None else trial.sign
-        return trials[key]
+        kinds = ((jnp.shape(p), str(jnp.result_type(p))) for p in leaves)
+        key = structure, *kinds
+        if key in trials:
+            return trials[key]
+        trial = _trial(tx, _small(params))
+        _check_trial(trial)
+        if trial is None:
+            trial = _Trial(np.ones(1), False)
+        if trial.is_known:  # else it is of this trace only
+            trials[key] = trial
+        return trial
 
     def init_fn(params: optax.Params) -> optax.OptState:
         _check_states(tx, params)
-        sign_for(params)
+        trial_on(params)
         return tx.init(params)
 
     def update_fn(
@@ -195,9 +207,53 @@ def as_second_level(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        sign = sign_for(params)
+        sign = trial_on(params).sign
         updates, state = tx.update(updates, state, params, **extra_args)
         return _turned(updates, sign), state
 
-    decays = False if known is None else known.decays
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn), decays
+    turned = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return turned, lambda params: trial_on(params).decays
+
+
+def decay_beside(
+    weight_decay: Any, mask: Any, decays: Callable[[optax.Params], Any]
+) -> optax.GradientTransformation:
+    """Returns the weight decay of the chain, where the second level may have its own.
+
+    Args:
+      weight_decay: as given; None for the default, unless there is another.
+      mask: which params to decay.
+      decays: of params, whether the second level decays them.
+
+    Raises:
+      ValueError: in ``init``, if params would decay twice.
+    """
+    is_default = weight_decay is None
+    number = WEIGHT_DECAY if is_default else weight_decay
+
+    def link(params: optax.Params) -> optax.GradientTransformation:
+        is_own = decays(params)
+        rate = number
+        if is_default:
+            rate = jnp.where(is_own, 0.0, number)
+            if isinstance(is_own, bool):
+                rate = 0.0 if is_own else number
+        elif is_own is True and not isinstance(number, jax.Array) and number != 0.0:
+            raise ValueError(
+                f"weight_decay = {number} would be added to that of micro, which "
+                "decays the params by itself: leave one of the two out, "
+                "micro=optax.lion(1.0, weight_decay=0.0), say."
+            )
+        return optax.add_decayed_weights(rate, mask)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return link(params).init(params)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return link(params).update(updates, state, params)
+
+    return optax.GradientTransformation(init_fn, update_fn)

@@ -62,6 +62,7 @@ class Watch:
         if stop_after is not None:
             check_range("stop_after", stop_after, 1, float("inf"))
         self._stop_after = stop_after
+        self._told_of: dict[str, int] = {}
         check_range("window", window, 1, float("inf"))
         check_range("max_skips", max_skips, 0, float("inf"))
         check_range("max_reverts", max_reverts, 0, float("inf"))
@@ -141,7 +142,10 @@ class Watch:
         if self._stop_after is None or in_a_row is None:
             return
         most = int(np.nanmax(in_a_row))
-        if most >= self._stop_after:
+        first = int(new["step"][-1]) - int(np.max(in_a_row[-1]))  # of this streak
+        is_told = self._told_of.get(group) == first
+        if most >= self._stop_after and not is_told:
+            self._told_of[group] = first
             step = int(new["step"][np.argwhere(in_a_row == most)[0][0]])
             raise TooManyRejections(
                 f"{_of(group)}{most} steps in a row were rejected (up to step {step}): "

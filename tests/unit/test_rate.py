@@ -90,11 +90,24 @@ def test_the_rate_before_the_first_step_is_that_of_the_first():
         optax.scale_by_adam(),
         contrib.prodigy(),
         contrib.schedule_free_adamw(0.1),
+        optax.chain(optax.adam(0.1), contrib.reduce_on_plateau()),
+        optax.chain(
+            optax.masked(optax.adam(0.1), {"bias": True, "kernel": False}),
+            optax.masked(optax.adam(0.2), {"bias": False, "kernel": True}),
+        ),
         optax.GradientTransformation(
             lambda p: (), functools.partial(lambda u, s, p=None, **_: (u, s))
         ),
     ],
-    ids=["groups with two", "no rate", "prodigy", "schedule-free", "no closure"],
+    ids=[
+        "groups with two",
+        "no rate",
+        "prodigy",
+        "schedule-free",
+        "plateau",
+        "masks",
+        "no closure",
+    ],
 )
 def test_a_rate_that_is_not_known_is_not_guessed(inner):
     tx = optax.with_extra_args_support(inner)
@@ -163,3 +176,17 @@ def test_a_population_has_a_rate_each():
     tx = lo.error_regulate(optax.sgd(0.1))
     report = lo.metrics(jax.vmap(lambda p: tx.init({"p": p}))(jnp.ones((4, 3))))
     assert {x.shape for x in report.values()} == {(4,)}
+
+
+def test_a_schedule_for_eager_steps_alone_is_left_alone():
+    called = []
+
+    def listed(count):
+        called.append(count)
+        return [0.1, 0.2, 0.3][int(count)]
+
+    tx = lo.error_regulate(optax.sgd(listed))
+    state = tx.init(PARAMS)
+    updates, state = tx.update(PARAMS, state, PARAMS, value=1.0)
+    np.testing.assert_allclose(updates["bias"], -0.1 * PARAMS["bias"], rtol=1e-6)
+    assert lo.metrics(state)["learning_rate"] == pytest.approx(0.1)

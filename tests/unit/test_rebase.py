@@ -117,9 +117,48 @@ def test_groups_have_their_own_params():
 def test_what_does_not_fit_is_refused():
     tx = FORMS["error_regulate"]
     state = tx.init(START)
-    with pytest.raises(ValueError, match="where the anchor has"):
+    with pytest.raises(ValueError, match="params do not fit the state"):
         lo.rebase(START | {"head": jnp.ones(3)}, state)
-    with pytest.raises(ValueError, match="their trees differ"):
+    with pytest.raises(ValueError, match="made for 2 leaves"):
         lo.rebase({"other": jnp.ones(3)}, state)
     with pytest.raises(ValueError, match="no state of error_regulate"):
         lo.rebase(START, optax.adam(0.1).init(START))
+
+
+def test_params_that_are_tracked_are_rebased():
+    tx = lo.tracks_params(lo.error_regulate(optax.sgd(0.01)))
+    params = jnp.ones(3)
+    state = tx.init(params)
+    params = jnp.full(3, 9.0)
+    state = lo.rebase(params, state)
+    for _ in range(8):
+        updates, state = tx.update(params * jnp.nan, state, value=jnp.nan)
+        params = optax.apply_updates(params, updates)
+    assert lo.metrics(state)["num_reverts"] >= 1
+    np.testing.assert_allclose(params, 9.0)
+
+
+def test_a_half_group_of_micro_batches_is_forgotten():
+    tx, params = lo.accumulate(lo.error_regulate(optax.sgd(1.0)), 2), jnp.ones(3)
+    _, state = tx.update(1e6 * params, tx.init(params), params, value=1e6)
+    state = lo.rebase(params, state)
+    updates, state = tx.update(params, state, params, value=1.0)
+    np.testing.assert_allclose(updates, -1.0)
+    assert lo.metrics(state)["avg_value"] == 1.0
+
+
+def test_the_state_of_nnx_is_rebased():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, lo.lalerg(1e-3), wrt=nnx.Param)
+    model.kernel[...] = jnp.full((2, 3), 9.0)
+    params = nnx.state(model, nnx.Param)
+    optimizer.opt_state = lo.rebase(params, optimizer.opt_state)
+    anchor = optimizer.opt_state.anchor
+    assert all(
+        jnp.all(a == p)
+        for a, p in zip(*map(jax.tree.leaves, (anchor, params)), strict=True)
+    )
+    grads = jax.tree.map(jnp.ones_like, params)
+    optimizer.update(model, grads, value=jnp.float32(1.0))
+    assert jnp.all(model.kernel[...] < 9.0)

@@ -347,3 +347,12 @@ def test_a_state_inside_jit_is_refused():
     recorder = lo.Recorder()
     with pytest.raises(TypeError, match="opt_state is a tracer"):
         jax.jit(recorder.record)(TX.init(PARAMS))
+
+
+def test_a_streak_stops_a_run_once_and_the_record_stays_available():
+    recorder = lo.Recorder(stop_after=4)
+    recorder.record(skipped(5))
+    with pytest.raises(lo.TooManyRejections):
+        recorder.flush()
+    recorder.record(skipped(6))
+    assert recorder.history()["num_rejected_in_a_row"].tolist() == [5, 6]

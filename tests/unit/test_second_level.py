@@ -137,7 +137,7 @@ def test_what_cannot_be_tried_is_taken_as_a_rule():
     turned, decays = as_second_level(odd)
     updates, _ = turned.update(params, turned.init(params), params)
     chex.assert_trees_all_equal(updates, jax.tree.map(lambda p: -2.0 * p, params))
-    assert not decays
+    assert not decays(params)
 
 
 # ---- Weight decay stays in one place -------------------------------------------------
@@ -173,14 +173,17 @@ def decayed(**options):
 )
 def test_params_decay_once(options, rate):
     if rate is None:
-        assert not as_second_level(options["micro"])[1]
+        assert not as_second_level(options["micro"])[1](PARAMS)
     else:
         assert decayed(**options) == pytest.approx(rate, rel=1e-3)
 
 
 def test_weight_decay_in_both_places_is_refused():
     with pytest.raises(ValueError, match=r"be added to that of micro, which decays"):
-        lo.lalerg(micro=optax.lion(1.0), weight_decay=0.1)
+        lo.lalerg(micro=optax.lion(1.0), weight_decay=0.1).init(PARAMS)
+    masked = optax.adamw(1.0, mask={"bias": False, "kernel": True})
+    with pytest.raises(ValueError, match=r"be added to that of micro, which decays"):
+        jax.jit(lo.lalerg(micro=masked, weight_decay=0.1).init)(PARAMS)
 
 
 def test_weight_decay_of_a_rate_that_is_traced():
@@ -242,3 +245,51 @@ def test_groups_that_point_in_different_directions_are_refused():
     )
     with pytest.raises(ValueError, match="uphill for some params and downhill for"):
         lo.lalerg(micro=torn).init(PARAMS)
+    with pytest.raises(ValueError, match="uphill for some params and downhill for"):
+        jax.jit(lo.lalerg(micro=torn).init)(PARAMS)
+
+
+@pytest.mark.parametrize(
+    "micro",
+    [
+        optax.chain(optax.adam(1.0), optax.keep_params_nonnegative()),
+        optax.chain(optax.sgd(1.0), optax.apply_every(3)),
+        optax.GradientTransformation(
+            lambda _: optax.EmptyState(),
+            lambda u, s, p: (jax.tree.map(lambda g, x: -g * jnp.abs(x), u, p), s),
+        ),
+    ],
+    ids=["params that stay positive", "every third step", "in units of the params"],
+)
+def test_what_moves_late_or_not_from_zero_points_uphill_as_well(micro):
+    assert slope(as_second_level(micro)[0], steps=4) != 0.0
+    positive = jax.tree.map(jnp.abs, PARAMS)
+    tx, _ = as_second_level(micro)
+    state, total = tx.init(positive), 0.0
+    for _ in range(3):
+        updates, state = tx.update(positive, state, positive)
+        total += sum(jnp.sum(u) for u in jax.tree.leaves(updates))
+    assert total > 0.0
+
+
+def test_what_does_not_move_at_all_is_refused():
+    with pytest.raises(ValueError, match="changes nothing in its first steps"):
+        lo.lalerg(micro=optax.set_to_zero())
+
+
+def test_groups_by_name_decay_once():
+    groups = optax.partition(
+        {
+            "a": optax.adamw(1.0, weight_decay=0.02),
+            "b": optax.adamw(1.0, weight_decay=0.02),
+        },
+        {"bias": "a", "kernel": "b"},
+    )
+    assert decayed(micro=groups) == pytest.approx(0.02, rel=1e-3)
+
+
+def test_an_optimizer_made_inside_of_jit_is_good_outside():
+    make = functools.lru_cache(lambda: lo.lalerg(0.1, micro=optax.lion(1.0)))
+    state = jax.jit(lambda p: make().init(p))(PARAMS)
+    updates, _ = jax.jit(lambda s: make().update(GRADS, s, PARAMS, value=1.0))(state)
+    assert sum(map(jnp.vdot, *map(jax.tree.leaves, (GRADS, updates)))) < 0.0
