@@ -4,6 +4,7 @@ Programs are compiled once for all workers and the processes that tests start.
 """
 
 import atexit
+import gc
 import os
 import pathlib
 import shutil
@@ -55,3 +56,19 @@ def _what_other_packages_do_is_theirs(request):
     is_theirs = request.path.parent == CLIENTS
     with jax.numpy_rank_promotion("allow" if is_theirs else "raise"):
         yield
+
+
+MAPPINGS = pathlib.Path("/proc/self/maps")
+MANY_MAPPINGS = 30_000  # of the 65,530 that Linux allows a process
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Drops compiled programs before a process has more mappings than it may.
+
+    Each program takes a few, and LLVM ends the process where it gets no more.
+    """
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
