@@ -15,7 +15,7 @@ A row that is stored is not run again, so that a run may be stopped and goes on 
 ``--force`` runs it anew.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -204,20 +204,28 @@ def start_losses(task: Task) -> list[float]:
 
 
 def measure_all(
-    results: Results,
+    results: Any,
     jobs: list[tuple[str, Row]],
     quick: bool,
     forced: tuple[str, ...],
+    tuned: Callable[[str, Row], float] = lambda task, row: 0.0,
 ) -> None:
-    """Runs every row that is not stored yet, or whose group is forced; stores it."""
+    """Runs every row that is not stored yet, or whose group is forced; stores it.
+
+    Args:
+      results: the store; its ``starts`` are the losses before anything is learnt.
+      jobs: tasks and rows.
+      quick: whether to run small and rough.
+      forced: groups whose rows are run although they are stored.
+      tuned: of a task and a row, the rate that the rates of the row depend on.
+    """
     made: dict[str, Task] = {}
     with Progress() as progress:
         bar = progress.add_task("", total=len(jobs))
         for name, row in jobs:
             progress.update(bar, description=f"{name}: {row.name}"[:44].ljust(44))
             task = made.setdefault(name, TASKS[name]())
-            tuned = 0.0 if row is ADAMW else results.reference(name, "rates")
-            rates = row.rates(tuned)
+            rates = row.rates(tuned(name, row))
             cells = {
                 "rates": list(rates[1::3] or rates if quick else rates),
                 "num_seeds": 1 if quick else row.num_seeds,
@@ -248,7 +256,13 @@ def main() -> None:
         if options.quick:
             jobs = [j for j in jobs if j[0] in QUICK_TASKS and j[1].name in QUICK_ROWS]
         forced = tuple(options.only) if options.force else ()
-        measure_all(results, jobs, options.quick, forced)
+        measure_all(
+            results,
+            jobs,
+            options.quick,
+            forced,
+            lambda task, row: 0.0 if row is ADAMW else results.reference(task, "rates"),
+        )
     publish(results, report(results, ROWS), draw)
 
 

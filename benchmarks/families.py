@@ -19,15 +19,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import optax
-from decades import QUICK_STEPS, measure, start_losses
+from decades import measure_all
 from families_tables import Results, bare, draw, report
 from optax import contrib
 from peers import LALERG, WEIGHT_DECAY, Make, Peer, adamw, linear, of, warmup_cosine
 from recipes import warm_restarts
-from rich.progress import Progress
 from store import opened, options_of, publish
-from sweeps import DECADES, HALF_DECADES, NUM_SEEDS, Row, seen
-from tasks import TASKS, Task
+from sweeps import HALF_DECADES, Row, seen
+from tasks import TASKS
 
 import lalerg_optax as lo
 
@@ -58,8 +57,12 @@ class Family(NamedTuple):
 
 def method(name: str, factory: Any) -> Family:
     """Returns a family of a method with linear decay, as people write it."""
-    own = lambda rate, n: lo.lalerg(rate, micro=factory(1.0))  # noqa: E731
-    return Family(name, "methods", of(factory), own)
+    return Family(
+        name,
+        "methods",
+        of(factory),
+        lambda rate, n: lo.lalerg(rate, micro=factory(1.0)),
+    )
 
 
 def scheduled(name: str, schedule: Any) -> Family:
@@ -125,24 +128,6 @@ def rows_of(family: Family) -> tuple[Row, Row]:
     )
 
 
-def run(results: Results, name: str, task: Task, row: Row, options: Any) -> None:
-    """Measures a row on a task unless it is stored, and stores it."""
-    rates = HALF_DECADES if row.name.startswith(bare("")) else DECADES
-    cells = {
-        "rates": list(rates[1::3] if options.quick else rates),
-        "num_seeds": 1 if options.quick else NUM_SEEDS,
-        "num_steps": QUICK_STEPS if options.quick else task.num_steps,
-    }
-    if name not in results.starts:
-        results.starts[name] = start_losses(task)
-    results.measure(
-        (name, row.name),
-        cells,
-        partial(measure, task, row, **cells),
-        force=options.force,
-    )
-
-
 def main() -> None:
     """Measures, stores, and writes tables and figure."""
     options = options_of(__doc__, GROUPS, tuple(TASKS), tuple(TASKS))
@@ -158,14 +143,9 @@ def main() -> None:
         if name in options.tasks
         for row in rows_of(family)
     ]
-    made: dict[str, Task] = {}
+    forced = tuple(options.only) if options.force else ()
     if not options.report_only:
-        with Progress() as progress:
-            bar = progress.add_task("", total=len(jobs))
-            for name, row in jobs:
-                progress.update(bar, description=f"{name}: {row.name}"[:44].ljust(44))
-                run(results, name, made.setdefault(name, TASKS[name]()), row, options)
-                progress.advance(bar)
+        measure_all(results, jobs, options.quick, forced)
     publish(results, report(results, FAMILIES), draw)
 
 
