@@ -333,11 +333,14 @@ def test_a_gradient_of_zero_has_a_derivative(clip_norm):
 
     @jax.jit
     def end_loss(params):
-        state = tx.init(params)
-        for scale in (0.0, 1.0, 0.0, 1.0):
+        def step(carry, scale):
+            params, state = carry
             loss = jnp.sum(params**2)
             updates, state = tx.update(scale * params, state, params, value=loss)
-            params = optax.apply_updates(params, updates)
+            return (optax.apply_updates(params, updates), state), None
+
+        scales = jnp.array([0.0, 1.0, 0.0, 1.0])
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), scales)
         return jnp.sum(params**2)
 
     _, forward = jax.jvp(end_loss, (start,), (start,))
