@@ -446,7 +446,7 @@ def training_table(results: Results) -> list[str]:
             row += ["", ""]
         rows.append(row)
     header = ["judged by", "steps"]
-    for name in ("all tasks", "chosen on", "held back", "all, rate found"):
+    for name in ("all tasks", "chosen on", "not chosen on", "all, rate found"):
         header += [f"{name}: skips in 10,000", "reverts"]
     return table(header, rows)
 

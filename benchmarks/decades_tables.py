@@ -69,7 +69,7 @@ class Results(Store):
 
 def summary_table(results: Results, rows: Iterable[Row]) -> list[str]:
     """Returns the shares of every row, on the two halves of the tasks and on all."""
-    sets = {"chosen on": DEVELOPMENT, "held back": REPORT, "all": TASKS}
+    sets = {"chosen on": DEVELOPMENT, "not chosen on": REPORT, "all": TASKS}
     header = ["optimizer"]
     for name in sets:
         header += [f"{name}: within 5 %", "within 1 %", "better"]
@@ -209,7 +209,7 @@ def report(results: Results, rows: Iterable[Row]) -> str:
         "AdamW made. Tuned AdamW is the best of 17 half decades with linear decay to "
         'zero. Tables give % of cells. "Chosen on" are the tasks on which constants of '
         f"lalerg were chosen ({', '.join(DEVELOPMENT)}), "
-        f'"held back" the others ({", ".join(REPORT)}).',
+        f'"not chosen on" the others ({", ".join(REPORT)}).',
         "",
         "## All optimizers",
         "",

@@ -53,7 +53,7 @@ class Results(Store):
 
 def shares_table(results: Results, families: Iterable[Any]) -> list[str]:
     """Returns the shares of cells of each family, ours beside bare."""
-    halves = {"chosen on": DEVELOPMENT, "held back": REPORT}
+    halves = {"chosen on": DEVELOPMENT, "not chosen on": REPORT}
     header = ["family", "bare: within 5 %"]
     for half in halves:
         header += [f"{half}: within 5 %", "within 1 %", "better"]
@@ -102,7 +102,7 @@ def report(results: Results, families: Iterable[Any]) -> str:
         "the whole training set above that of the tuned optimizer of the family (the "
         "best of 17 half decades, mean of the seeds), in % of the drop that it made. "
         'Tables give % of cells. "Chosen on" are the tasks on which constants of '
-        'lalerg were chosen, "held back" the others.',
+        'lalerg were chosen, "not chosen on" the others.',
         "",
     ]
     for group, title in (("methods", "Methods"), ("schedules", "Schedules")):

@@ -254,7 +254,7 @@ def report(results: Results, rows: Sequence[Row]) -> str:
         "within 5 %, % of runs within 1 %, and the worst excess in %.",
         "",
     ]
-    for title, cases in (("chosen on", CHOOSE), ("held back", REPORT)):
+    for title, cases in (("chosen on", CHOOSE), ("not chosen on", REPORT)):
         lines += [
             f"## Tasks {title}",
             "",

@@ -2,7 +2,7 @@
 
 A quote is a comment with a template, what it comes to, and a comment that ends it:
 
-    <!--quote {noise/Tasks held back/lalerg/batch size 64/0} %-->94 %<!--/quote-->
+    <!--quote {noise/Tasks not chosen on/lalerg/batch size 64/0} %-->94 %<!--/quote-->
 
 In braces stands a cell of ``results/noise.md``: the heading of its table, the row by
 its first column (or as many as tell it apart, with "; " between them), the column by

@@ -1,7 +1,7 @@
 """Honest streams of data with something rare in them.
 
 Constants of the library may be chosen on the streams whose half is ``CHOOSE``; those of
-``REPORT`` are held back.
+``REPORT`` are for reporting only.
 """
 
 import html.entities
