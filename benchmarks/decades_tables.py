@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 from peers import ADAMW, DEFAULT, LALERG
 from store import Store, table
-from sweeps import DECADES, Row, best_index, percent, shares
+from sweeps import (
+    DECADES,
+    RATIO_COLUMNS,
+    Row,
+    best_index,
+    percent,
+    ratio_shares,
+    shares,
+    times,
+)
 from tasks import DEVELOPMENT, REPORT, TASKS
 
 NUM_PIECES = 40  # a curve is the mean loss of the batches of so many pieces of a run
@@ -51,6 +60,11 @@ class Results(Store):
         excess = 100.0 * (losses - self.reference(task, field)) / self.drop(task)
         return np.where(np.isnan(excess), np.inf, excess)
 
+    def ratios(self, task: str, name: str) -> np.ndarray:
+        """Returns final training losses in units of tuned AdamW's, [rate, seed]."""
+        reference = self.reference(task)
+        return 1.0 + self.excess(task, name) / 100.0 * self.drop(task) / reference
+
     def cells(
         self, name: str, tasks: Iterable[str] = TASKS, num_seeds: int = 0
     ) -> np.ndarray:
@@ -66,23 +80,47 @@ class Results(Store):
 
 # Tables
 
+SETS: dict[str, Iterable[str]] = {
+    "chosen on": DEVELOPMENT,
+    "not chosen on": REPORT,
+    "all": TASKS,
+}
+
+
+def ranked(results: Results, rows: Iterable[Row]) -> list[Row]:
+    """Returns the rows that were measured, those first that are often within 5 %."""
+    known = [row for row in rows if results.common(row.name)]
+    return sorted(known, key=lambda row: -np.mean(results.cells(row.name) <= 5))
+
 
 def summary_table(results: Results, rows: Iterable[Row]) -> list[str]:
     """Returns the shares of every row, on the two halves of the tasks and on all."""
-    sets = {"chosen on": DEVELOPMENT, "not chosen on": REPORT, "all": TASKS}
     header = ["optimizer"]
-    for name in sets:
+    for name in SETS:
         header += [f"{name}: within 5 %", "within 1 %", "better"]
-    rows = [row for row in rows if results.common(row.name)]
-    rows.sort(key=lambda row: -np.mean(results.cells(row.name) <= 5))
     lines = []
-    for row in rows:
+    for row in ranked(results, rows):
         tasks = results.common(row.name)
         line = [row.name]
-        for chosen in sets.values():
+        for chosen in SETS.values():
             line += shares(results.cells(row.name, chosen))
         lines.append([*line, str(len(tasks))])
     return table([*header, "tasks"], lines)
+
+
+def ratio_table(results: Results, rows: Iterable[Row]) -> list[str]:
+    """Returns how high training losses end, in units of tuned AdamW's."""
+    header, lines = ["optimizer"], []
+    for name in SETS:
+        header += [f"{name}: {RATIO_COLUMNS[0]}", *RATIO_COLUMNS[1:]]
+    for row in ranked(results, rows):
+        line = [row.name]
+        for chosen in SETS.values():
+            known = [t for t in chosen if results.has(t, row.name)]
+            ratios = [results.ratios(t, row.name).ravel() for t in known]
+            line += ratio_shares(np.concatenate([np.zeros(0), *ratios]))
+        lines.append(line)
+    return table(header, lines)
 
 
 def worst(results: Results, task: str, name: str) -> str:
@@ -107,6 +145,7 @@ def task_table(results: Results) -> list[str]:
     for task in results.common(LALERG.name):
         reverted = results.get(task, LALERG.name, "num_revert_steps")
         share = 100 * reverted / results.runs[task, LALERG.name]["num_steps"]
+        ratios = results.ratios(task, LALERG.name)
         held_out.append(np.median(results.excess(task, LALERG.name, "test_loss")))
         lines.append(
             [
@@ -114,6 +153,8 @@ def task_table(results: Results) -> list[str]:
                 f"{results.reference(task, 'rates'):.1e}",
                 *shares(results.cells(LALERG.name, [task])),
                 worst(results, task, LALERG.name),
+                times(float(np.median(ratios))),
+                times(float(ratios.max())),
                 at_tuned_rate(results, task),
                 f"{np.median(reverted) / 2:g}",
                 f"{reverted.max() / 2:g}",
@@ -121,7 +162,7 @@ def task_table(results: Results) -> list[str]:
                 percent(held_out[-1]),
             ]
         )
-    lines.append(["**median**", *[""] * 9, percent(np.median(held_out))])
+    lines.append(["**median**", *[""] * 11, percent(np.median(held_out))])
     return table(
         [
             "task",
@@ -130,6 +171,8 @@ def task_table(results: Results) -> list[str]:
             "within 1 %",
             "better",
             "worst cell, %",
+            "ratio of losses, median",
+            "ratio of losses, worst",
             "at tuned AdamW's rate, %",
             "reverts, median",
             "reverts, most",
@@ -155,7 +198,7 @@ def slowdown(results: Results, task: str) -> float:
     return float(ends[np.argmax(is_there)] / BUDGET_SHARE if any(is_there) else np.inf)
 
 
-def times(factor: float) -> str:
+def slower(factor: float) -> str:
     """Returns a factor as a table shows it."""
     return f"{factor:.2f}" if np.isfinite(factor) else "not reached"
 
@@ -166,9 +209,9 @@ def default_table(results: Results) -> list[str]:
     for task in results.common(DEFAULT.name):
         excess = results.excess(task, DEFAULT.name)
         factors.append(slowdown(results, task))
-        factor = times(factors[-1])
+        factor = slower(factors[-1])
         lines.append([task, percent(excess.mean()), percent(excess.max()), factor])
-    lines.append(["**median**", "", "", times(float(np.median(factors)))])
+    lines.append(["**median**", "", "", slower(float(np.median(factors)))])
     header = ["task", "mean excess, %", "worst seed, %", "times tuned AdamW's steps"]
     return table(header, lines)
 
@@ -214,6 +257,13 @@ def report(results: Results, rows: Iterable[Row]) -> str:
         "## All optimizers",
         "",
         *summary_table(results, compared),
+        "## By the ratio of losses",
+        "",
+        "A share of the drop flatters losses that fall by orders of magnitude. Here is "
+        "the final loss on the whole training set in units of tuned AdamW's: % of "
+        "cells in which it is at most 1.1 and 2 times as high, and the median.",
+        "",
+        *ratio_table(results, compared),
     ]
     if "lalerg" in groups:
         lines += [

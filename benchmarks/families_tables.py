@@ -1,13 +1,22 @@
 """What ``families.py`` measured, and what follows from it: tables and figure."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from store import Store, table
-from sweeps import DECADES, best_index, percent, shares
+from sweeps import (
+    DECADES,
+    RATIO_COLUMNS,
+    best_index,
+    percent,
+    ratio_shares,
+    shares,
+)
 from tasks import DEVELOPMENT, REPORT, TASKS
+
+HALVES = {"chosen on": DEVELOPMENT, "not chosen on": REPORT}
 
 
 def bare(family: str) -> str:
@@ -33,41 +42,75 @@ class Results(Store):
         names = family, bare(family)
         return [t for t in chosen if all((t, name) in self.runs for name in names)]
 
-    def excess(self, task: str, family: str, name: str) -> np.ndarray:
-        """Returns losses above those of the tuned one, in % of its drop."""
+    def tuned(self, task: str, family: str) -> float:
+        """Returns the loss of the tuned optimizer of a family, mean over the seeds."""
         base = self.losses(task, bare(family))
-        tuned = base[best_index(base)].mean()
-        drop = float(np.mean(self.starts[task])) - tuned
+        return float(base[best_index(base)].mean())
+
+    def measured(self, task: str, family: str, name: str) -> np.ndarray:
+        """Returns the losses of all cells of a row, [rate, seed]."""
         losses = self.losses(task, name)
         if name == bare(family):  # the half decades only tune it
             rates = self.runs[task, name]["rates"]
             losses = losses[np.isin(rates, DECADES)] if len(rates) > 6 else losses
-        return 100.0 * (losses - tuned) / drop
+        return losses
 
-    def cells(self, family: str, name: str, chosen: Iterable[str]) -> np.ndarray:
-        """Returns the excesses of all cells of a row."""
+    def excess(self, task: str, family: str, name: str) -> np.ndarray:
+        """Returns losses above those of the tuned one, in % of its drop."""
+        tuned = self.tuned(task, family)
+        drop = float(np.mean(self.starts[task])) - tuned
+        return 100.0 * (self.measured(task, family, name) - tuned) / drop
+
+    def ratios(self, task: str, family: str, name: str) -> np.ndarray:
+        """Returns losses in units of that of the tuned one."""
+        return self.measured(task, family, name) / self.tuned(task, family)
+
+    def cells(
+        self,
+        family: str,
+        name: str,
+        chosen: Iterable[str],
+        found: Callable[..., np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """Returns the excesses, or what else is found, of all cells of a row."""
         tasks = self.tasks(family, chosen)
-        cells = [self.excess(task, family, name).ravel() for task in tasks]
+        cells = [(found or self.excess)(t, family, name).ravel() for t in tasks]
         return np.concatenate(cells or [np.zeros(0)])
 
 
 def shares_table(results: Results, families: Iterable[Any]) -> list[str]:
     """Returns the shares of cells of each family, ours beside bare."""
-    halves = {"chosen on": DEVELOPMENT, "not chosen on": REPORT}
     header = ["family", "bare: within 5 %"]
-    for half in halves:
+    for half in HALVES:
         header += [f"{half}: within 5 %", "within 1 %", "better"]
     lines = []
     for family in families:
         tasks = results.tasks(family.name, TASKS)
         line = [family.name]
         line += shares(results.cells(family.name, bare(family.name), tasks))[:1]
-        for half in halves.values():
+        for half in HALVES.values():
             chosen = [t for t in tasks if t in half]
             line += shares(results.cells(family.name, family.name, chosen))
         worst = results.cells(family.name, family.name, tasks).max()
         lines.append([*line, percent(worst), str(len(tasks))])
     return table([*header, "worst cell, %", "tasks"], lines)
+
+
+def ratio_table(results: Results, families: Iterable[Any]) -> list[str]:
+    """Returns how high losses end, in units of that of the tuned one."""
+    header, lines = ["family"], []
+    for half in HALVES:
+        header += [f"{half}: bare, {RATIO_COLUMNS[0]}", *RATIO_COLUMNS]
+    for family in families:
+        line = [family.name]
+        for half in HALVES.values():
+            base, own = (
+                ratio_shares(results.cells(family.name, name, half, results.ratios))
+                for name in (bare(family.name), family.name)
+            )
+            line += [base[0], *own]
+        lines.append(line)
+    return table(header, lines)
 
 
 def tasks_table(results: Results, families: list[Any]) -> list[str]:
@@ -109,6 +152,14 @@ def report(results: Results, families: Iterable[Any]) -> str:
         chosen = [f for f in families if f.group == group]
         if chosen:
             lines += [f"## {title}", "", *shares_table(results, chosen)]
+            lines += [f"## {title}, by the ratio of losses", ""]
+            lines += [
+                "A share of the drop flatters losses that fall by orders of magnitude. "
+                "Here is the final loss in units of that of the tuned optimizer: % of "
+                "cells in which it is at most 1.1 and 2 times as high, and the median.",
+                "",
+            ]
+            lines += ratio_table(results, chosen)
             lines += [f"## {title}, task by task", ""]
             lines += ["Within 5 %, % of cells / worst cell, %.", ""]
             lines += tasks_table(results, chosen)

@@ -19,7 +19,16 @@ from noise_tasks import (
 )
 from peers import ADAMW, LALERG
 from store import RESULTS, Store, table
-from sweeps import DECADES, NUM_SEEDS, Rates, Row, best_index, percent, shares
+from sweeps import (
+    DECADES,
+    NUM_SEEDS,
+    Rates,
+    Row,
+    best_index,
+    percent,
+    ratio_shares,
+    shares,
+)
 
 FACTORS = (1e-3, 1.0, 1e3)  # of tuned AdamW's rate, on plateaus
 FULL_RATES = (1e-6, 1e-3, 1e-1)
@@ -78,6 +87,16 @@ class Results(Store):
         chosen = [known.index(rate) for rate in rates if rate in known]
         losses = self.get(task, size, name, "train_loss")
         return self.percents(task, size, losses[chosen])
+
+    def ratios(self, task: str, size: int, name: str) -> np.ndarray:
+        """Returns final losses in units of tuned AdamW's, [rate, seed]."""
+        excess, reference = self.excess(task, size, name), self.reference(task, size)
+        return 1.0 + excess / 100.0 * self.drop(task, size) / reference
+
+    def is_positive(self, task: str) -> bool:
+        """Returns whether losses of a task have a ratio, at all batch sizes."""
+        sizes = [s for s in BATCH_SIZES if self.has(task, s, ADAMW.name)]
+        return all(self.reference(task, size) > 0.0 for size in sizes)
 
     def at_tuned(self, task: str, size: int, name: str) -> np.ndarray:
         """Returns the excesses in % at tuned AdamW's own rate, by seed."""
@@ -145,6 +164,23 @@ def summary_table(
             cells = [results.cells(name, known, [s], found) for s in BATCH_SIZES]
             line = [in_short(c) for c in (*cells, np.concatenate(cells))]
             lines.append([title, *line, str(len(known))])
+    header = ["optimizer", *(f"batch size {s}" for s in BATCH_SIZES), "all", "tasks"]
+    return table(header, lines)
+
+
+def ratio_table(
+    results: Results, rows: Iterable[Row], cases: Iterable[str]
+) -> list[str]:
+    """Returns how high losses end at every batch size, in units of tuned AdamW's."""
+    lines = []
+    for name in (row.name for row in rows if row.group != "tuned"):
+        known = results.tasks_of(cases, name)
+        if known:
+            cells = [
+                results.cells(name, known, [s], results.ratios) for s in BATCH_SIZES
+            ]
+            every = (ratio_shares(c) for c in (*cells, np.concatenate(cells)))
+            lines.append([name, *(" / ".join(c) for c in every), str(len(known))])
     header = ["optimizer", *(f"batch size {s}" for s in BATCH_SIZES), "all", "tasks"]
     return table(header, lines)
 
@@ -261,6 +297,23 @@ def report(results: Results, rows: Sequence[Row]) -> str:
             f"{', '.join(cases)}.",
             "",
             *summary_table(results, rows, cases),
+        ]
+    lines += [
+        "A share of the drop flatters losses that fall by orders of magnitude. A cell "
+        "of the next two tables gives the final loss in units of tuned AdamW's: % of "
+        "runs in which it is at most 1.1 times as high, % of runs in which it is at "
+        "most twice as high, and the median. Losses that can be negative have no such "
+        "ratio, and their tasks are left out.",
+        "",
+    ]
+    for title, cases in (("chosen on", CHOOSE), ("not chosen on", REPORT)):
+        positive = [name for name in cases if results.is_positive(name)]
+        lines += [
+            f"## Ratio of losses, tasks {title}",
+            "",
+            f"{', '.join(positive)}.",
+            "",
+            *ratio_table(results, rows, positive),
         ]
     lines += ["## lalerg, task by task", "", *task_table(results)]
     lines += [

@@ -19,6 +19,8 @@ Rates = tuple[float, ...]
 HALF_DECADES: Rates = tuple(float(f"{10 ** (k / 2):.5g}") for k in range(-14, 3))
 DECADES = HALF_DECADES[::2]
 NUM_SEEDS = 3
+RATIOS = (1.1, 2.0)  # of final training losses, at most
+RATIO_COLUMNS = ("at most 1.1 times", "at most 2 times", "median")
 
 
 class Row(NamedTuple):
@@ -74,6 +76,19 @@ def percent(x: float) -> str:
     if not np.isfinite(x):
         return "diverged"
     return f"{x:+.2f}" if abs(x) < 100 else f"{x:+.3g}"
+
+
+def ratio_shares(ratios: np.ndarray) -> list[str]:
+    """Returns how many % of ratios of losses are at most 1.1 and 2, and the median."""
+    if not ratios.size:
+        return ["", "", ""]
+    within = [f"{100 * np.mean(ratios <= most):.0f}" for most in RATIOS]
+    return [*within, times(float(np.median(ratios)))]
+
+
+def times(ratio: float) -> str:
+    """Returns a ratio of losses as a table shows it."""
+    return f"{ratio:.3g}" if np.isfinite(ratio) else "diverged"
 
 
 def shares(cells: np.ndarray) -> list[str]:
