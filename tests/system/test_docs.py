@@ -206,9 +206,10 @@ def test_a_quote_may_be_a_table(tmp_path):
 
 # ---- Public names --------------------------------------------------------------------
 
+CONF = runpy.run_path(DOCS / "conf.py")
 PUBLIC = [
     pytest.param(value, id=f"{path}.{name}")
-    for path, names in runpy.run_path(DOCS / "conf.py")["public_api"]().items()
+    for path, names in CONF["public_api"]().items()
     for name, value in names.items()
 ]
 
@@ -217,3 +218,24 @@ PUBLIC = [
 def test_every_public_name_has_an_example(value):
     # --doctest-modules runs them
     assert ">>> " in inspect.getdoc(value)
+
+
+def test_the_page_of_the_api_lists_every_public_name_once_and_lalerg_first():
+    page = ["API"]
+    CONF["write_api"](None, "api", page)
+    listed = re.findall(r"\* - :py:obj:`\S+ <(\S+)>`\n     - \S+", page[0])
+    described = re.findall(r"\.\. auto(?:class|function):: (\S+)", page[0])
+    exported = re.findall(r"as (\w+)$", inspect.getsource(lo), re.MULTILINE)
+    assert listed == described
+    assert len(set(listed)) == len(listed) == len(PUBLIC)
+    assert {f"lalerg_optax.{name}" for name in exported} < set(listed)
+    assert listed[:2] == ["lalerg_optax.lalerg", "lalerg_optax.error_regulate"]
+
+
+def test_notebooks_are_linked_to_where_the_site_has_them():
+    page = ["see [a](../notebooks/anatomy.ipynb), [b](../examples/gan.py)"]
+    CONF["link_notebooks"](None, "figures", page)
+    assert page == ["see [a](notebooks/anatomy.ipynb), [b](../examples/gan.py)"]
+    listed = (DOCS / "examples.md").read_text()
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"\nnotebooks/{notebook.stem}\n" in listed, "the site leads there"

@@ -16,13 +16,15 @@ import threading
 import urllib.parse
 
 import pytest
-from helpers.paths import DOCS
+from helpers.paths import DOCS, ROOT
 
+NOTEBOOKS = ROOT / "notebooks"
 PAGES = [page.stem for page in sorted(DOCS.glob("*.md"))] + ["api", "results/noise"]
+PAGES += [f"notebooks/{path.stem}" for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
 WIDTHS = (390, 1280)  # CSS pixels: a telephone and a screen
 
 if not os.environ.get("LALERG_REQUIRE_BROWSER"):
-    for package in ("selenium", "sphinx", "furo", "myst_parser"):
+    for package in ("selenium", "sphinx", "furo", "myst_nb", "sphinx_copybutton"):
         pytest.importorskip(package)
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("there is no chromium", allow_module_level=True)
