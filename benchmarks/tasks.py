@@ -33,6 +33,8 @@ class Task(NamedTuple):
       test: the same, held out.
       batch_size: examples a step.
       num_steps: steps of a run.
+      predict: (params, rest, batch) to what the model makes of it when it is used; None
+        where a benchmark does not ask for it.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -41,6 +43,7 @@ class Task(NamedTuple):
     test: Batch
     batch_size: int
     num_steps: int
+    predict: Callable[[PyTree, PyTree, Batch], Any] | None = None
 
 
 def split(*arrays: np.ndarray) -> tuple[Batch, Batch]:
@@ -100,7 +103,15 @@ def task_of_model(
         )
         return criterion(out, batch[-1]), new_rest if is_training else rest
 
-    return Task(init, loss, train, test, batch_size, num_steps)
+    def predict(params: PyTree, rest: PyTree, batch: Batch) -> Any:
+        return model.apply(
+            {"params": params, **rest},
+            *batch[:-1],
+            is_training=False,
+            rngs={"noise": jax.random.key(0)},
+        )
+
+    return Task(init, loss, train, test, batch_size, num_steps, predict)
 
 
 # Models
@@ -277,7 +288,8 @@ class VAE(nn.Module):
         return MLP((64, 64))(code, is_training), mean, log_variance
 
 
-def _negative_elbo(out: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+def negative_elbo(out: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+    """Returns minus the evidence lower bound, of one sample each."""
     logits, mean, log_variance = out
     pixels = optax.sigmoid_binary_cross_entropy(logits, x).sum(axis=-1)
     divergence = jnp.exp(log_variance) + mean**2 - 1.0 - log_variance
@@ -405,7 +417,7 @@ def recurrent() -> Task:
 def vae() -> Task:
     """Variational autoencoder, digits."""
     x, _ = digit_images()
-    return task_of_model(VAE(), _negative_elbo, split(x, x), 64, 1000)
+    return task_of_model(VAE(), negative_elbo, split(x, x), 64, 1000)
 
 
 def photo() -> Task:

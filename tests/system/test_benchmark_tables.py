@@ -45,3 +45,44 @@ def test_what_is_stored_gives_the_same_ratios(name):
     tuned = np.asarray(results.runs["photo", base]["train_loss"], float).mean(axis=1)
     args = ("photo", own) if name == "decades" else ("photo", own, own)
     np.testing.assert_allclose(results.ratios(*args), losses / np.nanmin(tuned))
+
+
+def held_out(tmp_path, metric):
+    """Returns made-up results on a task with an error; AdamW's is 10 % +- 2 %."""
+    made = benchmark("heldout_tables").Results(tmp_path / "made.json")
+    common = {"num_held_out": 200, "start_loss": [2.0] * 3, "rate": 0.1, "num_seeds": 3}
+    losses = {"train_loss": [[1.0] * 3, [0.2] * 3, [None] * 3]}
+    tuned = {"metric": [[50.0] * 3, [8.0, 10.0, 12.0], [90.0] * 3]}
+    made.runs["mlp", "adamw"] = common | losses | tuned
+    made.runs["mlp", "lalerg"] = common | losses | {"metric": [metric] * 3}
+    return made
+
+
+def test_less_of_an_error_is_a_gain_in_deviations_of_the_seeds(tmp_path):
+    made = held_out(tmp_path, [9.0, 10.0, 14.0])
+    np.testing.assert_allclose(made.gains("mlp", "lalerg", 1.0), [0.5, 0.0, -2.0])
+    np.testing.assert_allclose(made.gains("mlp", "adamw", 1e-3), [-20.0] * 3)
+    assert (made.gains("mlp", "lalerg", 1e3) == -np.inf).all(), "its loss is not finite"
+    np.testing.assert_allclose(made.ratio("mlp", "lalerg", 1e-3), 5.0)
+    np.testing.assert_allclose(made.excess("mlp", "lalerg", 1e-3), 100 * 0.8 / 1.8)
+
+
+def test_seeds_that_agree_are_not_told_apart_by_less_than_an_example(tmp_path):
+    made = held_out(tmp_path, [10.0, 10.5, 11.0])
+    made.runs["mlp", "adamw"]["metric"][1] = [10.0] * 3
+    np.testing.assert_allclose(made.gains("mlp", "lalerg", 1.0), [0.0, -1.0, -2.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "target", "expected"),
+    [
+        ("mlp", [[2.0, 1.0], [0.0, 3.0]], [0, 0], 50.0),
+        ("logistic", [[2.0], [-1.0], [0.5], [-0.1]], [1.0, 0.0, 0.0, 0.0], 25.0),
+        ("regression", [[1.0], [2.0]], [1.0, 0.0], 2.0**0.5),
+        ("photo", [[0.1, 0.1]], [[0.0, 0.2]], 20.0),
+    ],
+)
+def test_a_metric_is_what_it_says(name, out, target, expected):
+    metric = benchmark("heldout_tables").METRICS[name]
+    found = metric.of(np.asarray(out), np.asarray(target))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
