@@ -35,6 +35,36 @@ def adopt(
         opt_state = adopt(error_regulate(optax.adamw(schedule)), params, adamw_state)
         adamw_state = adopt(optax.adamw(schedule), params, opt_state)
 
+    Args:
+      tx: the optimizer that continues the run.
+      params: the current params.
+      opt_state: the current state of the previous optimizer; a checkpoint has to be
+        restored into its own state first (``optax.adamw(...).init(params)``, say).
+
+    Returns:
+      A state with the tree, shapes and dtypes of ``tx.init(params)``.
+
+    Raises:
+      ValueError: if a state of either side has no counterpart on the other (``lalerg``
+        has no place for the trace of momentum, say, unless it is its ``micro``), or
+        if the shapes are those of other params.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> params, grads = jnp.array([1.0, -2.0]), jnp.array([0.3, 0.1])
+      >>> adamw = optax.adamw(1e-3, b2=0.999)
+      >>> _, state = adamw.update(grads, adamw.init(params), params)
+      >>> tx = lo.lalerg(1e-3, b2=0.999, gradient_share=0, search=False)
+      >>> protected = lo.adopt(tx, params, state)
+      >>> int(optax.tree.get(protected, "micro_count"))
+      1
+      >>> updates, _ = tx.update(grads, protected, params, value=0.5)
+      >>> expected, _ = adamw.update(grads, state, params)
+      >>> bool(jnp.allclose(updates, expected, rtol=1e-5))
+      True
+      >>> int(optax.tree.get(lo.adopt(adamw, params, protected), "count"))
+      1
+
     With :math:`s = tx.init(params)` and the given state :math:`o`, the result is
     :math:`s` with everything that both hold taken from :math:`o`,
 
@@ -70,36 +100,6 @@ def adopt(
     learning rate by them.
 
     Can be jitted. Without ``jit``, the result shares buffers with ``opt_state``.
-
-    Args:
-      tx: the optimizer that continues the run.
-      params: the current params.
-      opt_state: the current state of the previous optimizer; a checkpoint has to be
-        restored into its own state first (``optax.adamw(...).init(params)``, say).
-
-    Returns:
-      A state with the tree, shapes and dtypes of ``tx.init(params)``.
-
-    Raises:
-      ValueError: if a state of either side has no counterpart on the other (``lalerg``
-        has no place for the trace of momentum, say, unless it is its ``micro``), or
-        if the shapes are those of other params.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
-      >>> params, grads = jnp.array([1.0, -2.0]), jnp.array([0.3, 0.1])
-      >>> adamw = optax.adamw(1e-3, b2=0.999)
-      >>> _, state = adamw.update(grads, adamw.init(params), params)
-      >>> tx = lo.lalerg(1e-3, b2=0.999, gradient_share=0, search=False)
-      >>> protected = lo.adopt(tx, params, state)
-      >>> int(optax.tree.get(protected, "micro_count"))
-      1
-      >>> updates, _ = tx.update(grads, protected, params, value=0.5)
-      >>> expected, _ = adamw.update(grads, state, params)
-      >>> bool(jnp.allclose(updates, expected, rtol=1e-5))
-      True
-      >>> int(optax.tree.get(lo.adopt(adamw, params, protected), "count"))
-      1
     """
     return _take_over(tx.init(params), opt_state)
 

@@ -62,6 +62,15 @@ def test_a_docstring_begins_with_what_one_looks_up(factory):
     assert sections[3:4] == ["Example:"], "and then how it works"
 
 
+FUNCTIONS = [value for value in vars(lo).values() if inspect.isfunction(value)]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_arguments_come_before_the_first_equation(function):
+    doc = inspect.getdoc(function)
+    assert 0 < doc.index("Args:") < (doc + ".. math::").index(".. math::")
+
+
 def test_an_equation_stands_once_and_pages_quote_it():
     sources = [path.read_text() for path in (ROOT / "lalerg_optax").glob("*.py")]
     found = [text for source in sources for _, text in QUOTES["MATH"].findall(source)]
