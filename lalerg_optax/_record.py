@@ -77,7 +77,7 @@ class Recorder:
     Args:
       writer: writes each scalar as it is fetched: any object with
         ``add_scalar(tag, value, step)``, such as ``tensorboardX.SummaryWriter(logdir)``
-        (``pip install lalerg_optax[tensorboard]``). Of a population, the mean.
+        (``python -m pip install tensorboardX``). Of a population, the mean.
       prefix: of all tags that the writer is given, ``"optimizer/"``, say.
       first_step: number of the first step, for a run that is resumed.
       fetch_every: steps in a batch, at least 1. The last one or two batches are still

@@ -129,6 +129,20 @@ def test_the_readme_is_short():
     assert (ROOT / "README.md").read_text().count("\n") <= 120
 
 
+def test_what_installs_an_extra_keeps_an_editable_install():
+    """``pip install ".[plot]"`` would put a copy in its place."""
+    folders = ("lalerg_optax", "docs", "examples", "benchmarks", "notebooks")
+    paths = [*ROOT.glob("*.md"), *(p for f in folders for p in (ROOT / f).glob("*.*"))]
+    paths = [p for p in paths if p.suffix in (".md", ".py", ".ipynb", ".rst")]
+    commands = [
+        x for p in paths for x in re.findall(r"pip install [^`#]*", p.read_text())
+    ]
+    assert len(commands) > 15
+    extras = [x for x in commands if "[" in x.splitlines()[0]]
+    assert len(extras) > 10
+    assert [x for x in extras if not x.startswith("pip install -e")] == []
+
+
 def bullets(text):
     return [line for line in text.splitlines() if line.startswith("- ")]
 
