@@ -68,11 +68,13 @@ class Recorder:
     once in ``window`` steps for each regulator. Protection can hide a bug. Less than 3
     steps in 10,000 are rejected where nothing is wrong; if that happens independently,
     more than 10 in 500 come once in :math:`10^{16}` steps. A search from a rate that is
-    far too high does need a few reverts, so the first ones are not reported. Once in a
-    run the recorder also warns that one kind recurs, however far apart: gradients of
-    which only the norm is abnormal, when the skips for them are used up, and harm,
-    after ten times. While `accumulate` or ``optax.MultiSteps`` collect micro-batches,
-    nothing is decided, and nothing is counted.
+    far too high does need a few reverts, so the first ones are not reported. With
+    ``local=True`` it also names, once in a run, a leaf that was not where the last
+    update sent it: one that was reset without `rebase`, or that something behind the
+    optimizer changes. Once in a run the recorder also warns that one kind recurs,
+    however far apart: gradients of which only the norm is abnormal, when the skips for
+    them are used up, and harm, after ten times. While `accumulate` or
+    ``optax.MultiSteps`` collect micro-batches, nothing is decided, and nothing counted.
 
     Args:
       writer: writes each scalar as it is fetched: any object with
