@@ -1,5 +1,6 @@
 """adopt: continues a run in progress with another optimizer."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,10 +11,13 @@ from ._accumulate import AccumulateState
 from ._find import find_states
 from ._macro import ScaleByMacroRateState, with_rate_found
 from ._micro import ScaleByMicroRateState
+from ._numbers import UNKNOWN
+from ._rate import enclosed, learning_rate
 from ._records import RegulatorScalars
 from ._regulate import ErrorRegulateState
 from ._scalars import pack, unpack
 
+_COUNT = (jax.tree_util.GetAttrKey("count"),)
 # states that may lack a counterpart on the other side: initialized, or dropped
 _OPTIONAL = (ErrorRegulateState, ScaleByMacroRateState, optax.ScaleByScheduleState)
 _ADVICE = (
@@ -91,7 +95,6 @@ def adopt(
       its best alignment is taken to be 1. With ``search=True`` it goes on in small
       steps by the loss, and leaps only where the alignment is clearly above a half.
       ``search=False`` leaves the rate alone: use it if the rate was right.
-
     * `accumulate` and ``optax.MultiSteps`` may come or go. A group of micro-batches
       that is not complete is then lost, and groups are counted from 0.
 
@@ -101,7 +104,20 @@ def adopt(
 
     Can be jitted. Without ``jit``, the result shares buffers with ``opt_state``.
     """
-    return _take_over(tx.init(params), opt_state)
+    return _rated(tx.update, _take_over(tx.init(params), opt_state))
+
+
+def _rated(update: Any, state: Any) -> Any:
+    """Returns a state in which new regulators know the rate of the next step."""
+    made_of = enclosed(update)
+    if isinstance(state, ErrorRegulateState) and "chained" in made_of:
+        known = unpack(RegulatorScalars, state.scalars)
+        rate = learning_rate(made_of["chained"], state.inner_state)
+        rate = jnp.where(known.base_rate == UNKNOWN, rate, known.base_rate)
+        return state._replace(scalars=pack(known._replace(base_rate=rate)))
+    if "update_fns" in made_of and isinstance(state, tuple) and not _is_state(state):
+        return tuple(map(_rated, made_of["update_fns"], state))
+    return state
 
 
 def _take_over(new: Any, old: Any) -> Any:
@@ -197,8 +213,17 @@ def _count_name(state: Any) -> str:
 
 
 def _num_steps(parts: list[Any]) -> jax.Array | None:
-    counts = [getattr(part, _count_name(part)) for part in parts if _is_adam(part)]
-    return counts[0] if counts else None
+    """Returns the count of the moments; without any, the largest one (some restart)."""
+    nodes = jax.tree.leaves(parts, is_leaf=_is_adam)
+    counts = [getattr(node, _count_name(node)) for node in nodes if _is_adam(node)]
+    if counts:
+        return counts[0]
+    others = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(parts)
+        if path[-1:] == _COUNT and jnp.ndim(leaf) == 0
+    ]
+    return functools.reduce(jnp.maximum, others) if others else None
 
 
 def _fill(new: Any, parts: list[Any], num_steps: jax.Array | None) -> Any:
@@ -244,16 +269,22 @@ def _same(new: Any, old: Any) -> Any:
 
 
 def _regulated(new: ErrorRegulateState, old: Any) -> ErrorRegulateState:
-    """Returns a regulator that does not treat the run as a new one."""
+    """Returns a regulator that does not treat the run as a new one.
+
+    Where it is new, the rate is not known yet: that of a new run is another one.
+    """
+    base_rate: Any = UNKNOWN
     if old is not None:
         new = new._replace(
             scalars=_same(new.scalars, old.scalars),
             history=_same(new.history, old.history),
             anchor=_same(new.anchor, old.anchor),
         )
+        base_rate = new.base_rate
     scalars = unpack(RegulatorScalars, new.scalars)
     passed = jnp.maximum(scalars.num_audits_passed, 1)
-    return new._replace(scalars=pack(scalars._replace(num_audits_passed=passed)))
+    scalars = scalars._replace(num_audits_passed=passed, base_rate=base_rate)
+    return new._replace(scalars=pack(scalars))
 
 
 def _begun(new: Any, num_steps: jax.Array | None) -> Any:
