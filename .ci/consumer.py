@@ -25,6 +25,9 @@ adapted = lo.tracks_params(lo.without_value(tx))
 carrier = lo.Carrier(params)
 
 if TYPE_CHECKING:
+    assert_type(lo.apply_updates(params, updates, state), dict[str, jax.Array])
+    assert_type(lo.apply_updates(jnp.ones(3), updates, state), jax.Array)
+    assert_type(lo.healthy_params(params, state), dict[str, jax.Array])
     assert_type(report, dict[str, jax.Array])
     assert_type(history, lo.LossHistory)
     assert_type(history.centre_and_spread(), tuple[jax.Array, jax.Array])

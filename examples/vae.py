@@ -178,14 +178,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="steps of each run")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--out", default="vae.png", help="file of the figure")
-    parser.add_argument("--quick", action="store_true", help="lalerg alone, 100 steps")
+    parser.add_argument("--quick", action="store_true", help="400 steps")
     args = parser.parse_args()
     if args.steps < 50:
         parser.error("--steps must be at least 50")
-    num_steps = 100 if args.quick else args.steps
+    num_steps = 400 if args.quick else args.steps
 
     data, runs = load_data(), {}
-    for name in ["lalerg"] if args.quick else MAKERS:
+    for name in MAKERS:
         outcomes = (train(name, r, *data, args.seed, num_steps) for r in RATES)
         bar = tqdm(outcomes, f"{name}, runs", len(RATES))
         runs[name] = [jax.device_get(outcome) for outcome in bar]

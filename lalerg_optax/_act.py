@@ -9,7 +9,7 @@ from jax import lax
 
 from ._anchor import fetched
 from ._local import LeafSquares, LocalView, act_in_turn
-from ._records import Assessment
+from ._records import Assessment, RegulatorScalars
 from ._verdict import Verdict, is_applied
 
 
@@ -58,9 +58,24 @@ def act(
     anchor: optax.Params,
     grads: optax.Updates,
     squares: LeafSquares | None,
+    last: RegulatorScalars,
+    view: LocalView | None,
     axis_name: str | tuple[str, ...] | None,
 ) -> tuple[optax.Updates, LocalView | None]:
-    """Returns the step that params take, and its local view if squares are given."""
+    """Returns the step that params take, and its local view if the last one is given.
+
+    Args:
+      verdict: of this step.
+      damping: factor of the update.
+      params: the params.
+      inner_updates: what the inner transformation returned.
+      anchor: the anchor.
+      grads: the gradient before clipping.
+      squares: those of the leaves, for the view.
+      last: what was known before this step.
+      view: of the step before; None without one.
+      axis_name: mapped axes to average over.
+    """
     is_reverted = verdict == Verdict.REVERT
     gate = jnp.where(verdict == Verdict.SKIP, 0.0, damping)
     home = fetched(is_reverted, anchor, params)
@@ -71,7 +86,7 @@ def act(
         is_safe = jnp.isfinite(p + step)  # also for 0 * nan
         return jnp.where(is_safe, step, jnp.zeros((), p.dtype))
 
-    if squares is None:
+    if squares is None or view is None:
         act_on_leaf = functools.partial(step_of, gate)
         return jax.tree.map(act_on_leaf, params, inner_updates, home), None
     return act_in_turn(
@@ -80,6 +95,8 @@ def act(
         (params, inner_updates, home),
         grads,
         squares,
+        view,
+        is_home=is_reverted & last.is_pending,
         is_accepted=is_applied(verdict),
         axis_name=axis_name,
     )

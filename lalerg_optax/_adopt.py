@@ -1,5 +1,6 @@
 """adopt: continues a run in progress with another optimizer."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,10 +11,13 @@ from ._accumulate import AccumulateState
 from ._find import find_states
 from ._macro import ScaleByMacroRateState, with_rate_found
 from ._micro import ScaleByMicroRateState
+from ._numbers import UNKNOWN
+from ._rate import enclosed, learning_rate
 from ._records import RegulatorScalars
 from ._regulate import ErrorRegulateState
 from ._scalars import pack, unpack
 
+_COUNT = (jax.tree_util.GetAttrKey("count"),)
 # states that may lack a counterpart on the other side: initialized, or dropped
 _OPTIONAL = (ErrorRegulateState, ScaleByMacroRateState, optax.ScaleByScheduleState)
 _ADVICE = (
@@ -34,42 +38,6 @@ def adopt(
         opt_state = adopt(lalerg(schedule, search=False), params, adamw_state)
         opt_state = adopt(error_regulate(optax.adamw(schedule)), params, adamw_state)
         adamw_state = adopt(optax.adamw(schedule), params, opt_state)
-
-    With :math:`s = tx.init(params)` and the given state :math:`o`, the result is
-    :math:`s` with everything that both hold taken from :math:`o`,
-
-    .. math::
-
-        s[\mu, \nu, t, counts, \ldots] \leftarrow o[\mu, \nu, t, counts, \ldots]
-
-    As long as there is nothing to object to, the next step is the one that the old
-    optimizer would have taken, if both have the same hyperparameters (``b1``, ``b2``,
-    ``eps``, ``weight_decay``; ``gradient_share=0`` where the other is Adam), which the
-    state does not hold.
-    States are paired in the order of the chains, at any depth of nesting:
-
-    * States of the same type: ``error_regulate(inner)`` takes over any ``inner`` as a
-      whole. Between two protected optimizers, history, anchor and rates are kept, too.
-    * Moments and count of Adam (``optax.scale_by_adam``) and of
-      `scale_by_micro_rate` are the same. Dtypes become those of ``tx``.
-    * A new schedule begins at the count of the moments.
-    * A new regulator has seen nothing: it judges gradient norms from its second step on
-      and losses from the 17th, and its anchor is ``params``. Its first audit counts as
-      passed, so no revert goes back to the start of the run, which it does not know,
-      and none resets the moments.
-    * A new macro level has found its rate, :math:`r = 1`, after :math:`t` steps, and
-      its best alignment is taken to be 1. With ``search=True`` it goes on in small
-      steps by the loss, and leaps only where the alignment is clearly above a half.
-      ``search=False`` leaves the rate alone: use it if the rate was right.
-
-    * `accumulate` and ``optax.MultiSteps`` may come or go. A group of micro-batches
-      that is not complete is then lost, and groups are counted from 0.
-
-    On the way back the factors of the learning rate, ``macro_rate`` and
-    ``damping_factor`` (`metrics`), are dropped: where they are not 1, multiply the
-    learning rate by them.
-
-    Can be jitted. Without ``jit``, the result shares buffers with ``opt_state``.
 
     Args:
       tx: the optimizer that continues the run.
@@ -100,8 +68,56 @@ def adopt(
       True
       >>> int(optax.tree.get(lo.adopt(adamw, params, protected), "count"))
       1
+
+    With :math:`s = tx.init(params)` and the given state :math:`o`, the result is
+    :math:`s` with everything that both hold taken from :math:`o`,
+
+    .. math::
+
+        s[\mu, \nu, t, counts, \ldots] \leftarrow o[\mu, \nu, t, counts, \ldots]
+
+    As long as there is nothing to object to, the next step is the one that the old
+    optimizer would have taken, if both have the same hyperparameters (``b1``, ``b2``,
+    ``eps``, ``weight_decay``; ``gradient_share=0`` where the other is Adam), which the
+    state does not hold.
+    States are paired in the order of the chains, at any depth of nesting:
+
+    * States of the same type: ``error_regulate(inner)`` takes over any ``inner`` as a
+      whole. Between two protected optimizers, history, anchor and rates are kept, too.
+    * Moments and count of Adam (``optax.scale_by_adam``) and of
+      `scale_by_micro_rate` are the same. Dtypes become those of ``tx``.
+    * A new schedule begins at the count of the moments.
+    * A new regulator has seen nothing: it judges gradient norms from its second step on
+      and losses from the 17th, and its anchor is ``params``. Its first audit counts as
+      passed, so no revert goes back to the start of the run, which it does not know,
+      and none resets the moments.
+    * A new macro level has found its rate, :math:`r = 1`, after :math:`t` steps, and
+      its best alignment is taken to be 1. With ``search=True`` it goes on in small
+      steps by the loss, and leaps only where the alignment is clearly above a half.
+      ``search=False`` leaves the rate alone: use it if the rate was right.
+    * `accumulate` and ``optax.MultiSteps`` may come or go. A group of micro-batches
+      that is not complete is then lost, and groups are counted from 0.
+
+    On the way back the factors of the learning rate, ``macro_rate`` and
+    ``damping_factor`` (`metrics`), are dropped: where they are not 1, multiply the
+    learning rate by them.
+
+    Can be jitted. Without ``jit``, the result shares buffers with ``opt_state``.
     """
-    return _take_over(tx.init(params), opt_state)
+    return _rated(tx.update, _take_over(tx.init(params), opt_state))
+
+
+def _rated(update: Any, state: Any) -> Any:
+    """Returns a state in which new regulators know the rate of the next step."""
+    made_of = enclosed(update)
+    if isinstance(state, ErrorRegulateState) and "chained" in made_of:
+        known = unpack(RegulatorScalars, state.scalars)
+        rate = learning_rate(made_of["chained"], state.inner_state)
+        rate = jnp.where(known.base_rate == UNKNOWN, rate, known.base_rate)
+        return state._replace(scalars=pack(known._replace(base_rate=rate)))
+    if "update_fns" in made_of and isinstance(state, tuple) and not _is_state(state):
+        return tuple(map(_rated, made_of["update_fns"], state))
+    return state
 
 
 def _take_over(new: Any, old: Any) -> Any:
@@ -197,8 +213,17 @@ def _count_name(state: Any) -> str:
 
 
 def _num_steps(parts: list[Any]) -> jax.Array | None:
-    counts = [getattr(part, _count_name(part)) for part in parts if _is_adam(part)]
-    return counts[0] if counts else None
+    """Returns the count of the moments; without any, the largest one (some restart)."""
+    nodes = jax.tree.leaves(parts, is_leaf=_is_adam)
+    counts = [getattr(node, _count_name(node)) for node in nodes if _is_adam(node)]
+    if counts:
+        return counts[0]
+    others = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(parts)
+        if path[-1:] == _COUNT and jnp.ndim(leaf) == 0
+    ]
+    return functools.reduce(jnp.maximum, others) if others else None
 
 
 def _fill(new: Any, parts: list[Any], num_steps: jax.Array | None) -> Any:
@@ -244,16 +269,22 @@ def _same(new: Any, old: Any) -> Any:
 
 
 def _regulated(new: ErrorRegulateState, old: Any) -> ErrorRegulateState:
-    """Returns a regulator that does not treat the run as a new one."""
+    """Returns a regulator that does not treat the run as a new one.
+
+    Where it is new, the rate is not known yet: that of a new run is another one.
+    """
+    base_rate: Any = UNKNOWN
     if old is not None:
         new = new._replace(
             scalars=_same(new.scalars, old.scalars),
             history=_same(new.history, old.history),
             anchor=_same(new.anchor, old.anchor),
         )
+        base_rate = new.base_rate
     scalars = unpack(RegulatorScalars, new.scalars)
     passed = jnp.maximum(scalars.num_audits_passed, 1)
-    return new._replace(scalars=pack(scalars._replace(num_audits_passed=passed)))
+    scalars = scalars._replace(num_audits_passed=passed, base_rate=base_rate)
+    return new._replace(scalars=pack(scalars))
 
 
 def _begun(new: Any, num_steps: jax.Array | None) -> Any:

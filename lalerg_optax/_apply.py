@@ -1,7 +1,7 @@
 """Params from the state: updates applied, exact on a revert, and healthy ones."""
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from ._find import find_states
 from ._numbers import is_representable
 from ._regulate import ErrorRegulateState
 from ._verdict import Verdict
+
+Params = TypeVar("Params")  # optax.Params is Any, which would lose their type
 
 
 def _is_masked(node: Any) -> bool:
@@ -30,8 +32,8 @@ def _home(
 
 
 def apply_updates(
-    params: optax.Params, updates: optax.Updates, opt_state: optax.OptState
-) -> optax.Params:
+    params: Params, updates: optax.Updates, opt_state: optax.OptState
+) -> Params:
     """Applies updates like ``optax.apply_updates``; on a REVERT takes the anchor.
 
     ``optax.apply_updates`` adds, and ``p + (a - p)`` is ``a`` up to rounding, and never
@@ -77,7 +79,7 @@ def apply_updates(
     return params
 
 
-def healthy_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
+def healthy_params(params: Params, opt_state: optax.OptState) -> Params:
     """Returns the last params that are known to be healthy: those of the anchor.
 
     The effect of an update shows at the next losses. So no loss has judged the last

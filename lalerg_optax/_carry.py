@@ -51,17 +51,8 @@ def carry_value(
 ) -> Callable[..., Any]:
     r"""Makes the gradient carry the loss: for callers that pass no loss.
 
-    For params :math:`p` and a slot :math:`z` that is always 0, the returned function
-    has
-
-    .. math::
-
-        f(p, z) = L(p), \qquad
-        \partial f / \partial p = \nabla L(p), \qquad
-        \partial f / \partial z = L(p)
-
-    and `value_from_gradient` takes the loss out again. An average of gradients over
-    devices or micro-batches averages the loss as well.
+    `value_from_gradient` takes the loss out again. An average of gradients over devices
+    or micro-batches averages the loss as well.
 
     Args:
       loss_fn: a function of the params and anything else that returns a scalar loss.
@@ -84,6 +75,15 @@ def carry_value(
       >>> float(loss), float(lo.metrics(state.opt_state)["avg_value"])
       (4.0, 4.0)
       >>> params = state.params.params
+
+    For params :math:`p` and a slot :math:`z` that is always 0, the returned function
+    has
+
+    .. math::
+
+        f(p, z) = L(p), \qquad
+        \partial f / \partial p = \nabla L(p), \qquad
+        \partial f / \partial z = L(p)
     """
 
     def carrying(carrier: Carrier, *args: Any, **kwargs: Any) -> Any:

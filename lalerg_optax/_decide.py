@@ -77,8 +77,7 @@ def decide(
     is_tested = (conduct == Conduct.TRIAL) | (is_episode & ~is_last)
     is_new_level = is_tested & is_long & ~is_fine & seen.is_usable | is_settled
     is_new_revert = is_trial | is_rewind
-    is_pending = (conduct == Conduct.RESTORING) | (conduct == Conduct.REWINDING)
-    is_reverted = is_new_revert | is_pending
+    is_reverted = is_new_revert | last.is_pending
     verdict = jnp.where(
         is_reverted,
         Verdict.REVERT,
@@ -114,7 +113,7 @@ def decide(
         is_harmful=is_harmful,
         is_new_level=is_new_level,
         is_over=is_over,
-        doubt=jnp.where(is_pending, last.doubt, doubt),
+        doubt=jnp.where(last.is_pending, last.doubt, doubt),
     )
 
 

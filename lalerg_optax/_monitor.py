@@ -12,7 +12,7 @@ from jax import lax
 from ._accumulate import AccumulateState, has_regulator
 from ._checks import FORMER_NAMES, check_range
 from ._find import find_states
-from ._local import LocalView
+from ._local import INTERNAL, LocalView
 from ._macro import ScaleByMacroRateState
 from ._micro import ScaleByMicroRateState
 from ._records import LOOKS, RegulatorScalars
@@ -45,6 +45,8 @@ def _of_leaves(regulator: ErrorRegulateState) -> Iterator[tuple[str, str, jax.Ar
         paths = [path[:-1] for path in paths]
     leaves = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
     for name, vector in zip(LocalView._fields, vectors, strict=True):
+        if name in INTERNAL:
+            continue
         for i, leaf in enumerate(leaves):
             scalar = lax.index_in_dim(vector, i, axis=-1, keepdims=False)
             yield name.removeprefix("leaf_"), leaf, scalar
@@ -130,9 +132,12 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     effective_rate/<leaf>       ``|u| / |g|``: the learning rate that SGD would need
     update_ratio/<leaf>         ``|u| / |p|``: how far the weights moved
     predicted_decrease/<leaf>   ``-<g, u>``: by how much the loss falls, to first order
+    jump/<leaf>                 how far ``p`` is, at least, from where the update before
+                                sent it, relative to ``|p|``; 0 up to rounding
     ==========================  ====================================================
 
-    The last three are 0 where a step is rejected. Scalars without a type above are
+    Of these ``effective_rate``, ``update_ratio`` and ``predicted_decrease`` are 0 where
+    a step is rejected. Scalars without a type above are
     float32. Values that are not finite are shown as 1e37. The learning rate is known of
     Optax's optimizers and chains, with a number or a schedule, and with
     ``optax.inject_hyperparams``; not where groups have different ones, nor in the flat

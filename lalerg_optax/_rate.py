@@ -32,7 +32,7 @@ OWN_RATE: tuple[type, ...] = (
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
-def _enclosed(function: Any) -> dict[str, Any]:
+def enclosed(function: Any) -> dict[str, Any]:
     """Returns what a function of Optax takes from the one that it was made in."""
     module = getattr(function, "__module__", None) or ""
     if module.partition(".")[0] not in ("optax", "lalerg_optax"):
@@ -45,7 +45,7 @@ def _enclosed(function: Any) -> dict[str, Any]:
 
 def _factors(update: Callable[..., Any], state: Any) -> list[Any]:
     """Returns the factors that the links of a chain multiply updates by."""
-    made_of = _enclosed(update)
+    made_of = enclosed(update)
     if hasattr(made_of.get("tx"), "update"):  # a wrapper without a state
         return _factors(made_of["tx"].update, state)
     if isinstance(state, _INJECTED):  # the update computes the rate of its step

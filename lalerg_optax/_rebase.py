@@ -9,6 +9,7 @@ import optax
 from ._accumulate import AccumulateState
 from ._adapters import TracksParamsState
 from ._history import LossHistory
+from ._local import LocalView, expect_nothing
 from ._macro import ScaleByMacroRateState
 from ._records import RegulatorScalars
 from ._regulate import ErrorRegulateState
@@ -105,6 +106,7 @@ def rebase(params: optax.Params, opt_state: optax.OptState) -> optax.OptState:
             node,
             scalars=pack(fresh._replace(num_audits_passed=passed)),
             history=LossHistory.empty(shape=(2,)),
+            **_local(node),
         )._replace(
             anchor=_anchored(node.anchor, params),
             inner_state=_everywhere(anew, node.inner_state),
@@ -114,6 +116,13 @@ def rebase(params: optax.Params, opt_state: optax.OptState) -> optax.OptState:
     if not found:
         raise ValueError("opt_state has no state of error_regulate in it.")
     return state
+
+
+def _local(state: ErrorRegulateState) -> dict[str, LocalView]:
+    """Returns the local view, if there is one, which expects no params any more."""
+    if state.local is None:
+        return {}
+    return {"local": expect_nothing(LocalView(*jax.tree.leaves(state.local)))}
 
 
 def _everywhere(anew: Any, state: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -68,16 +69,18 @@ class Recorder:
     once in ``window`` steps for each regulator. Protection can hide a bug. Less than 3
     steps in 10,000 are rejected where nothing is wrong; if that happens independently,
     more than 10 in 500 come once in :math:`10^{16}` steps. A search from a rate that is
-    far too high does need a few reverts, so the first ones are not reported. Once in a
-    run the recorder also warns that one kind recurs, however far apart: gradients of
-    which only the norm is abnormal, when the skips for them are used up, and harm,
-    after ten times. While `accumulate` or ``optax.MultiSteps`` collect micro-batches,
-    nothing is decided, and nothing is counted.
+    far too high does need a few reverts, so the first ones are not reported. With
+    ``local=True`` it also names, once in a run, a leaf that was not where the last
+    update sent it: one that was reset without `rebase`, or that something behind the
+    optimizer changes. Once in a run the recorder also warns that one kind recurs,
+    however far apart: gradients of which only the norm is abnormal, when the skips for
+    them are used up, and harm, after ten times. While `accumulate` or
+    ``optax.MultiSteps`` collect micro-batches, nothing is decided, and nothing counted.
 
     Args:
       writer: writes each scalar as it is fetched: any object with
         ``add_scalar(tag, value, step)``, such as ``tensorboardX.SummaryWriter(logdir)``
-        (``pip install lalerg_optax[tensorboard]``). Of a population, the mean.
+        (``python -m pip install tensorboardX``). Of a population, the mean.
       prefix: of all tags that the writer is given, ``"optimizer/"``, say.
       first_step: number of the first step, for a run that is resumed.
       fetch_every: steps in a batch, at least 1. The last one or two batches are still
@@ -135,6 +138,7 @@ class Recorder:
         self._pending: collections.deque[Block] = collections.deque()
         self._num_pending = 0
         self._fetched: list[Block] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def record(self, opt_state: optax.OptState = None, /, **scalars: Any) -> None:
         """Records one step.
@@ -148,24 +152,28 @@ class Recorder:
             needs to have every name: ``history`` has NaN in the gaps.
 
         Raises:
-          ValueError: if something is not a scalar (one for each member), or has a name
-            that the metrics of ``opt_state`` have.
+          ValueError: if something is not a scalar (one for each member), was one so
+            far and is not now, or has a name that the metrics of ``opt_state`` have.
           TypeError: if called inside ``jit``.
         """
         if opt_state is None:
-            self._append(_stacked(_checked(scalars, shapes=((),))), 1)
+            checked = _checked(scalars, shapes=((),))
+            self._check_rows({name: np.shape(x) for name, x in checked.items()})
+            self._append(_stacked(checked), 1)
             self._fetch(self._fetch_every)
             return
         _check_concrete("opt_state", *jax.tree.leaves(opt_state))
         report = _report(opt_state)
-        twice = scalars.keys() & {name for names in report.names for name in names}
+        members = report.vectors[0].shape[:-1]
+        rows = dict.fromkeys(itertools.chain(*report.names), members)
+        twice = scalars.keys() & rows
         if twice:
             raise ValueError(
                 f"{', '.join(sorted(twice))} of opt_state would be overwritten: record "
                 "it under another name."
             )
-        members = report.vectors[0].shape[:-1]
         checked = _checked(scalars, shapes=((), members))
+        self._check_rows(rows | {name: np.shape(x) for name, x in checked.items()})
         self._append({_REPORT: report, **checked}, 1)
         self._fetch(self._fetch_every)
 
@@ -174,17 +182,23 @@ class Recorder:
 
         Args:
           stacked: outputs of the steps by name, such as `metrics`: arrays whose
-            only axis is that of the steps.
+            first axis is that of the steps; a second one, that of a population.
           **more: further arrays of that length, such as the losses.
 
         Raises:
-          ValueError: if an array does not have exactly this axis.
+          ValueError: if an array has other axes, or one of another length.
           TypeError: if called inside ``jit``.
         """
         block = _checked({**(stacked or {}), **more}, shapes=None)
         lengths = {name: len(x) for name, x in block.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"all arrays must have one length, got {lengths}.")
+        members = {name: x.shape[1] for name, x in block.items() if x.ndim == 2}
+        if len(set(members.values())) > 1:
+            raise ValueError(
+                f"the second axis is that of members of a population, got {members}."
+            )
+        self._check_rows({name: x.shape[1:] for name, x in block.items()})
         self._append(block, next(iter(lengths.values())))
         self._fetch(self._fetch_every)
 
@@ -201,6 +215,17 @@ class Recorder:
         """
         self._fetch(0)
         return joined(self._fetched) if self._fetched else {"step": np.zeros(0, int)}
+
+    def _check_rows(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raises a ValueError where a name had another shape before."""
+        for name, shape in sorted(shapes.items() - self._shapes.items()):
+            if name in self._shapes:
+                raise ValueError(
+                    f"{name} had the shape {self._shapes[name]} at earlier steps, and "
+                    f"has {shape} now: record one value for each member at every step, "
+                    "or one for all; another population needs a Recorder of its own."
+                )
+        self._shapes |= shapes
 
     def _append(self, block: Block, length: int) -> None:
         block["step"] = np.arange(self._next_step, self._next_step + length)
@@ -250,16 +275,17 @@ def _checked(
 
     Args:
       scalars: by name.
-      shapes: that they may have; None for stacked ones, with one axis.
+      shapes: that they may have; None for stacked ones, with one axis or two.
     """
     kept = {}
     for name, x in scalars.items():
         _check_concrete(name, x)
         kept[name] = jnp.copy(x) if isinstance(x, jax.Array) else np.asarray(x)
         shape = np.shape(kept[name])
-        if shapes is None and len(shape) != 1:
+        if shapes is None and len(shape) not in (1, 2):
             raise ValueError(
-                f"{name} must be an array over steps (one axis), got shape {shape}."
+                f"{name} must be an array over steps, or over steps and members of a "
+                f"population, got shape {shape}."
             )
         if shapes is not None and shape not in shapes:
             raise ValueError(

@@ -122,6 +122,12 @@ class RegulatorScalars(NamedTuple):
     num_audits_passed: Any = 0
     anchor_age: Any = 0
 
+    @property
+    def is_pending(self) -> jax.Array:
+        """Whether the second of the two steps of a revert is still to come."""
+        rewinding = self.conduct == Conduct.REWINDING
+        return (self.conduct == Conduct.RESTORING) | rewinding
+
 
 class Look(NamedTuple):
     """Result of the conditional: what was seen of the anchor, and whether it moved.

@@ -268,9 +268,9 @@ def error_regulate(
         )
 
         # Act.
-        steps, view = act(
-            verdict, damping, params, inner_updates, anchor, updates, squares, axis_name
-        )
+        trees = params, inner_updates, anchor, updates
+        views = squares, last, state.local
+        steps, view = act(verdict, damping, *trees, *views, axis_name)
         return steps, ErrorRegulateState(
             scalars=scalars,
             history=history,

@@ -53,10 +53,12 @@ class _Trial(NamedTuple):
     Attributes:
       slopes: sum of products of gradient and update, for each leaf.
       decays: whether params decay without a gradient.
+      takes_value: whether updates depend on the loss.
     """
 
     slopes: Any
     decays: Any
+    takes_value: Any = False
 
     @property
     def sign(self) -> Any:
@@ -72,26 +74,39 @@ class _Trial(NamedTuple):
 
 
 def _try_out(tx: Any, params: optax.Params) -> _Trial:
-    """Takes a few steps uphill; and as many without a gradient from zero and from one.
+    """Takes a few steps uphill and downhill, and without a gradient from zero and one.
 
     A warm-up may begin with a rate of zero, and some of Optax's links wait for others.
+    What does not turn with the gradient is no slope: weight decay, and noise, which is
+    the same in both directions, because it comes from the key in the state. One step is
+    compiled, not all of them.
     """
+    init, update = jax.jit(tx.init), jax.jit(tx.update)
     zeros, ones = optax.tree.zeros_like(params), optax.tree.ones_like(params)
 
-    def steps(grads: optax.Updates, start: optax.Params) -> optax.Updates:
-        state, total = tx.init(start), zeros
-        for _ in range(_TRIAL_STEPS):
-            updates, state = tx.update(grads, state, start, value=jnp.ones(()))
+    def steps(
+        grads: optax.Updates, start: optax.Params, num: int, value: float = 1.0
+    ) -> optax.Updates:
+        state, total = init(start), zeros
+        for _ in range(num):
+            updates, state = update(grads, state, start, value=jnp.full((), value))
             total = optax.tree.add(total, updates)
         return total
 
-    slopes = [jnp.sum(u).real for u in jax.tree.leaves(steps(ones, ones))]
+    opposite = optax.tree.scale(-1, ones)
+    up, down = (steps(g, ones, _TRIAL_STEPS) for g in (ones, opposite))
+    slopes = [jnp.sum(u).real for u in jax.tree.leaves(optax.tree.sub(up, down))]
     trial = _Trial(jnp.stack(slopes), False)
-    idle = optax.tree.sub(steps(zeros, ones), steps(zeros, zeros))
+    idle = (steps(zeros, start, _TRIAL_STEPS) for start in (ones, zeros))
+    idle = optax.tree.sub(*idle)
     entries = [u.real for u in jax.tree.leaves(_turned(idle, trial.sign))]
     has_grown = jnp.stack([jnp.any(u < 0.0) for u in entries]).any()
     has_fallen = jnp.stack([jnp.any(u > 0.0) for u in entries]).any()
-    return trial._replace(decays=has_fallen & ~has_grown)
+    of_values = (steps(ones, ones, 1, value) for value in (1.0, 1e-3))
+    differ = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.any(a != b), *of_values))
+    return trial._replace(
+        decays=has_fallen & ~has_grown, takes_value=jnp.stack(differ).any()
+    )
 
 
 def _turned(updates: optax.Updates, sign: Any) -> optax.Updates:
@@ -107,8 +122,9 @@ def _trial(tx: Any, params: optax.Params) -> _Trial | None:
     """
     try:
         with jax.ensure_compile_time_eval():
-            trial = jax.jit(_try_out, static_argnums=0)(tx, params)
-            return _Trial(np.asarray(trial.slopes), bool(trial.decays))
+            trial = _try_out(tx, params)
+            flags = bool(trial.decays), bool(trial.takes_value)
+            return _Trial(np.asarray(trial.slopes), *flags)
     except Exception:
         pass
     try:
@@ -141,9 +157,11 @@ def _check_states(tx: Any, params: optax.Params) -> None:
 
 
 def _check_trial(trial: _Trial | None) -> None:
-    """Raises a ValueError where leaves point in different directions."""
+    """Raises a ValueError where what was tried cannot be a second level."""
     if trial is None or not trial.is_known:
         return
+    if trial.takes_value:
+        raise ValueError(f"micro depends on the loss: it {_OWN_RATE}")
     if not np.any(trial.slopes):
         raise ValueError(
             "micro changes nothing in its first steps, so that it does not show which "

@@ -104,7 +104,7 @@ class Watch:
         while num_known - len(recent[0]["step"]) >= num_new + self._window:
             num_known -= len(recent.pop(0)["step"])
         tail = joined(recent)
-        for kind, text in self._recurring(group, tail):
+        for kind, text in [*self._recurring(group, tail), *_jumps(group, recent[-1])]:
             if (group, kind) not in self._warned:
                 self._warned.add((group, kind))
                 warnings.warn(text, InterventionWarning, stacklevel=5)
@@ -177,6 +177,24 @@ class Watch:
                 f"step {step}), and were undone: look at the learning rate, and at "
                 "data that recur.",
             )
+
+
+def _jumps(group: str, new: Block) -> Iterator[tuple[str, str]]:
+    """Yields the leaf that jumped farthest in these steps, if any, and its warning."""
+    jumps = {name: new[name] for name in new if name.partition("/")[0] == "jump"}
+    if not jumps:
+        return
+    name = max(jumps, key=lambda name: float(np.nanmax(jumps[name])))
+    is_far = jumps[name].reshape(len(new["step"]), -1).max(axis=1) > 0.0
+    if is_far.any():
+        leaf = name.partition("/")[2]
+        yield (
+            name,
+            f"{_of(group)}params{leaf and f' of {leaf}'} were not where the last "
+            f"update sent them (at step {int(new['step'][is_far.argmax()])}). If they "
+            "were changed on purpose, say so with lalerg_optax.rebase; otherwise "
+            "something behind the optimizer changes updates or params.",
+        )
 
 
 def _of(group: str) -> str:

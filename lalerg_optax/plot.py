@@ -42,6 +42,7 @@ _LAYERS = {
     "effective_rate": "effective rate, |u| / |g|\n(the rate SGD would need)",
     "grad_norm": "gradient norm, |g|",
     "predicted_decrease": "predicted decrease of the loss, -<g, u>",
+    "jump": "distance from where the update\nbefore sent it, in units of |p|",
 }
 
 
@@ -220,8 +221,8 @@ def layers(history: History, name: str = "update_ratio", *, group: str = "") -> 
 
     Args:
       history: that of a run with ``local=True``.
-      name: ``"update_ratio"``, ``"effective_rate"``, ``"grad_norm"`` or
-        ``"predicted_decrease"``, see `metrics`.
+      name: ``"update_ratio"``, ``"effective_rate"``, ``"grad_norm"``,
+        ``"predicted_decrease"`` or ``"jump"``, see `metrics`.
       group: as in `run`.
 
     Returns:

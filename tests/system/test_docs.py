@@ -62,6 +62,15 @@ def test_a_docstring_begins_with_what_one_looks_up(factory):
     assert sections[3:4] == ["Example:"], "and then how it works"
 
 
+FUNCTIONS = [value for value in vars(lo).values() if inspect.isfunction(value)]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_arguments_come_before_the_first_equation(function):
+    doc = inspect.getdoc(function)
+    assert 0 < doc.index("Args:") < (doc + ".. math::").index(".. math::")
+
+
 def test_an_equation_stands_once_and_pages_quote_it():
     sources = [path.read_text() for path in (ROOT / "lalerg_optax").glob("*.py")]
     found = [text for source in sources for _, text in QUOTES["MATH"].findall(source)]
@@ -118,6 +127,20 @@ def test_the_blocks_of_the_readme_run_one_after_the_other():
 
 def test_the_readme_is_short():
     assert (ROOT / "README.md").read_text().count("\n") <= 120
+
+
+def test_what_installs_an_extra_keeps_an_editable_install():
+    """``pip install ".[plot]"`` would put a copy in its place."""
+    folders = ("lalerg_optax", "docs", "examples", "benchmarks", "notebooks")
+    paths = [*ROOT.glob("*.md"), *(p for f in folders for p in (ROOT / f).glob("*.*"))]
+    paths = [p for p in paths if p.suffix in (".md", ".py", ".ipynb", ".rst")]
+    commands = [
+        x for p in paths for x in re.findall(r"pip install [^`#]*", p.read_text())
+    ]
+    assert len(commands) > 15
+    extras = [x for x in commands if "[" in x.splitlines()[0]]
+    assert len(extras) > 10
+    assert [x for x in extras if not x.startswith("pip install -e")] == []
 
 
 def bullets(text):

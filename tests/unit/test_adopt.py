@@ -130,6 +130,45 @@ def test_a_schedule_that_is_new_begins_where_the_moments_are():
     assert lo.adopt(LALERG["adamw"], params, state).inner_state[-1].count == NUM_BEFORE
 
 
+def test_a_schedule_that_is_new_begins_where_the_moments_in_a_partition_are():
+    params = init_params()
+    plain = optax.contrib.muon(DECAY)
+    tx = lo.lalerg(DECAY, micro=optax.contrib.muon(1.0), search=False)
+    _, state = plain.update(params, plain.init(params), params)
+    state = jax.tree.map(lambda x: x + 6 if x.dtype == jnp.int32 else x, state)
+    assert lo.adopt(tx, params, state).inner_state[-1].count == 7
+
+
+def test_a_schedule_begins_at_the_largest_count_where_there_are_no_moments():
+    params = {"w": jnp.ones(3)}
+    old = optax.chain(optax.apply_every(2), optax.sgd(DECAY))
+    new = lo.lalerg(DECAY, micro=optax.apply_every(2), search=False)
+    state = old.init(params)
+    for _ in range(5):
+        _, state = old.update(params, state, params)
+    assert state[0].count == 1  # it begins again
+    assert lo.adopt(new, params, state).inner_state[-1].count == 5
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(tx)])
+def test_the_rate_that_is_told_is_that_of_the_next_step(wrap):
+    params, state = before("adamw")
+    adopted = lo.adopt(wrap(LALERG["adamw"]), params, state)
+    rate = lo.metrics(adopted)["learning_rate"]
+    np.testing.assert_allclose(rate, DECAY(NUM_BEFORE), rtol=1e-6)
+    _, told, _ = train(wrap(LALERG["adamw"]), params, adopted, healthy(0, 1))
+    np.testing.assert_array_equal(lo.metrics(told)["learning_rate"], rate)
+
+
+def test_a_rate_that_is_out_of_reach_is_not_told_as_that_of_a_new_run():
+    params = init_params()
+    groups = {"hidden": "a", "out": "a"}
+    plain = optax.partition({"a": PLAIN["adamw"]}, groups)
+    tx = optax.partition({"a": LALERG["adamw"]}, groups)
+    adopted = lo.adopt(tx, params, used(plain.init(params)))
+    assert lo.metrics(adopted)["learning_rate"] == -1.0
+
+
 @pytest.mark.parametrize("search", [False, True])
 def test_what_is_adopted_can_be_donated(search):
     """What it shares with the old state goes with that; nothing is in it twice."""

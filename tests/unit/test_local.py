@@ -121,6 +121,9 @@ def test_narrow_leaves_are_summed_in_float32():
         "effective_rate": 0.5,
         "update_ratio": 0.5,
         "predicted_decrease": 2048.0,
+        "jump": 0.0,
+        "leaf_param_norm": 64.0,
+        "leaf_step_norm": 32.0,
     }
 
 
@@ -150,6 +153,85 @@ def test_a_leaf_that_climbs_has_a_negative_predicted_decrease():
     np.testing.assert_allclose(report["predicted_decrease/b"], 0.15, rtol=1e-5)
 
 
+# ---- params that are not where the update sent them ----------------------------------
+
+START = {"body": jnp.array([3.0, 4.0]), "head": jnp.array([1.0, 1.0])}
+
+
+def jumps(apply, change=None, dtype=jnp.float32, tx=None, at=20):
+    """Returns jumps and verdicts of a run of which batches 30 and 31 are bad."""
+    tx = lo.error_regulate(optax.adam(0.01), local=True) if tx is None else tx
+    params = jax.tree.map(lambda p: p.astype(dtype), START)
+    state, jumped, verdicts = tx.init(params), [], []
+
+    @jax.jit
+    def step(params, state, shift):
+        updates, state = tx.update(params, state, params, value=1.0 + shift)
+        return apply(params, updates, state), state, lo.metrics(state)
+
+    for i in range(40):
+        if change and i == at:
+            params, state = change(params, state)
+        shift = 50.0 if i in (30, 31) else 0.01 * (i % 3)
+        params, state, report = step(params, state, shift)
+        jumped.append([float(report["jump/body"]), float(report["jump/head"])])
+        verdicts.append(int(report["verdict"]))
+    return np.array(jumped), np.array(verdicts)
+
+
+def add(params, updates, _):
+    return optax.apply_updates(params, updates)
+
+
+def reset_head(params, state):
+    return params | {"head": jnp.array([3.0, 0.0])}, state
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("apply", [add, lo.apply_updates], ids=["Optax's", "own"])
+def test_updates_and_reverts_are_no_jumps(dtype, apply):
+    jumped, verdicts = jumps(apply, dtype=dtype)
+    assert np.sum(verdicts == Verdict.REVERT) == 2
+    assert not jumped.any()
+
+
+def test_a_layer_that_was_reset_has_jumped_by_the_norm_it_gained():
+    jumped, _ = jumps(lo.apply_updates, reset_head)
+    assert np.argwhere(jumped).tolist() == [[20, 1]]
+    # Adam's steps of 0.01 lead each entry from 1 to 0.8
+    np.testing.assert_allclose(jumped[20, 1], 3.0 / (0.8 * 2**0.5) - 1.0, rtol=0.05)
+
+
+def test_where_it_was_said_there_is_no_jump():
+    def told(params, state):
+        params, state = reset_head(params, state)
+        return params, lo.rebase(params, state)
+
+    assert not jumps(lo.apply_updates, told)[0].any()
+
+
+def test_a_revert_that_something_multiplies_has_not_led_home():
+    def halved(params, updates, _):
+        return optax.apply_updates(params, jax.tree.map(lambda u: 0.5 * u, updates))
+
+    jumped, verdicts = jumps(halved)
+    first, second = np.flatnonzero(verdicts == Verdict.REVERT)
+    assert second == first + 1
+    assert np.flatnonzero(jumped.any(axis=1)).tolist() == [second]
+    assert jumped[second].min() > 1e-3
+    home, _ = jumps(add)
+    assert not home[second].any()
+
+
+def test_params_that_were_corrupted_have_jumped():
+    def flip(params, state):
+        return params | {"head": params["head"].at[0].set(jnp.inf)}, state
+
+    jumped, _ = jumps(lo.apply_updates, flip)
+    assert np.argwhere(jumped).tolist() == [[20, 1]]
+    assert jumped[20, 1] == np.float32(1e37)
+
+
 # ---- free when off, cheap when on ---------------------------------------------------
 
 
@@ -171,12 +253,12 @@ def test_when_off_nothing_of_it_is_traced(monkeypatch):
         on.update(params, state, params, value=1.0)
 
 
-def test_when_on_four_vectors_are_all_that_a_step_has_more_of():
+def test_when_on_seven_vectors_are_all_that_a_step_has_more_of():
     params = make_params(num_leaves=3)
     off, on = (jax.eval_shape(lo.lalerg(local=x).init, params) for x in (False, True))
     extra = jax.tree.leaves(on.local)
-    assert [x.shape for x in extra] == [(3,)] * 4
-    assert len(jax.tree.leaves(on)) == len(jax.tree.leaves(off)) + 4
+    assert [x.shape for x in extra] == [(3,)] * 7
+    assert len(jax.tree.leaves(on)) == len(jax.tree.leaves(off)) + 7
 
 
 @pytest.mark.slow
@@ -230,8 +312,10 @@ def local_of(tx, data=None):
 def test_sharded_leaves_are_told_as_on_one_device(layout):
     tx = OPTIMIZERS["lalerg"](True)
     _, state, _ = train_sharded(tx, layout)
-    for told, wanted in zip(state.local, local_of(tx), strict=True):
-        assert np.all(np.asarray(wanted) != 0.0)
+    for name, told, wanted in zip(
+        state.local._fields, state.local, local_of(tx), strict=True
+    ):
+        assert np.all((np.asarray(wanted) == 0.0) == (name == "jump"))
         np.testing.assert_allclose(told, wanted, rtol=1e-3)
 
 
@@ -271,6 +355,9 @@ def test_devices_that_pass_their_own_gradients_tell_the_same_view():
         "effective_rate": 0.1,
         "update_ratio": 0.5,
         "predicted_decrease": 2.5,
+        "jump": 0.0,
+        "leaf_param_norm": 1.0,
+        "leaf_step_norm": 0.5,
     }
     chex.assert_trees_all_close(told, {k: [x, x] for k, x in wanted.items()}, rtol=1e-6)
 

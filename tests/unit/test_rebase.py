@@ -65,6 +65,24 @@ def test_a_new_head_stays_where_it_is_told(name, told):
         assert losses[-1] < losses[0]
 
 
+def test_the_recorder_names_a_head_that_was_reset_and_what_to_say():
+    tx, recorder = lo.error_regulate(optax.sgd(0.1), local=True), lo.Recorder()
+    params, update = START, jax.jit(tx.update)
+    state = tx.init(params)
+    for step in range(20):
+        if step == 10:
+            params = params | {"head": jnp.full(16, 2.0)}
+        updates, state = update(params, state, params, value=1.0)
+        params = lo.apply_updates(params, updates, state)
+        recorder.record(state)
+    with pytest.warns(lo.InterventionWarning) as caught:
+        recorder.flush()
+    (warning,) = caught
+    assert str(warning.message).startswith("params of head were not where the last")
+    assert "(at step 10)" in str(warning.message)
+    assert "lalerg_optax.rebase" in str(warning.message)
+
+
 @pytest.mark.parametrize("change", [{"scale": 30.0}, {"shift": 50.0}])
 def test_another_loss_is_no_harm(change):
     tx = FORMS["lalerg"]

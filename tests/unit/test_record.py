@@ -311,6 +311,41 @@ def test_a_population_is_recorded_member_by_member():
     assert history["lr"].shape == (3,)
 
 
+def test_a_scan_over_a_population_is_recorded_like_a_loop():
+    loop, scan = lo.Recorder(), lo.Recorder()
+    states = [population([1.0, jnp.nan]), population([2.0, 3.0])]
+    for state in states:
+        loop.record(state, loss=jnp.ones(2), lr=0.1)
+    reports = map(lo.metrics, states)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *reports)
+    scan.extend(stacked, loss=jnp.ones((2, 2)), lr=jnp.full(2, 0.1))
+    wanted, told = loop.history(), scan.history()
+    assert told["verdict"].tolist() == [[0, 1], [0, 0]]
+    assert wanted.keys() == told.keys()
+    for name, x in wanted.items():
+        np.testing.assert_allclose(told[name], x, err_msg=name)
+
+
+def test_shapes_that_change_are_refused_at_once():
+    recorder = lo.Recorder()
+    recorder.record(population([1.0, 2.0]), loss=jnp.ones(2))
+    message = r"loss had the shape \(2,\) at earlier steps, and has \(\) now"
+    with pytest.raises(ValueError, match=message):
+        recorder.record(population([1.0, 2.0]), loss=1.0)
+    with pytest.raises(ValueError, match=message):
+        recorder.record(loss=1.0)
+    with pytest.raises(ValueError, match=message):
+        recorder.extend(loss=np.ones(4))
+    with pytest.raises(ValueError, match=r"had the shape \(2,\) .* has \(3,\) now"):
+        recorder.record(population([1.0, 2.0, 3.0]))
+    recorder.record(population([1.0, 2.0]), loss=jnp.ones(2))
+    assert recorder.history()["loss"].tolist() == [[1.0, 1.0]] * 2
+    with pytest.raises(ValueError, match=r"members of a population, got {'a': 2, 'b"):
+        recorder.extend(a=np.ones((4, 2)), b=np.ones((4, 3)))
+    with pytest.raises(ValueError, match=r"or over steps and members"):
+        recorder.extend(a=np.ones((4, 2, 2)))
+
+
 def test_the_worst_member_is_told():
     recorder = lo.Recorder(window=10, max_skips=2)
     for _ in range(5):

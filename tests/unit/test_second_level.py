@@ -140,6 +140,20 @@ def test_what_cannot_be_tried_is_taken_as_a_rule():
     assert not decays(params)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_does_not_decide_which_way_it_points(seed):
+    noise = {"eta": 1e4, "gamma": 0.55, "key": jax.random.key(seed)}
+    for rule, wanted in ((optax.identity(), 1.0), (optax.scale(-1.0), -1.0)):
+        turned, decays = as_second_level(optax.chain(optax.add_noise(**noise), rule))
+        updates, _ = turned.update(GRADS, turned.init(PARAMS), PARAMS)
+        tx = optax.chain(optax.add_noise(**noise), rule)
+        expected, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+        chex.assert_trees_all_close(
+            updates, jax.tree.map(lambda u, w=wanted: w * u, expected), rtol=1e-6
+        )
+        assert not decays(PARAMS)
+
+
 # ---- Weight decay stays in one place -------------------------------------------------
 
 
@@ -216,6 +230,7 @@ REFUSED = {
         "finds its rate by itself",
     ),
     "a line search": (optax.lbfgs, "finds its rate by itself"),
+    "Polyak's step": (optax.polyak_sgd, "depends on the loss: it finds its rate by"),
     "schedule-free": (contrib.schedule_free_adamw, "keeps params of its own"),
     "lookahead": (lambda: optax.lookahead(optax.sgd(1.0), 3, 0.5), "as they are"),
     "MultiSteps": (

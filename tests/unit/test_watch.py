@@ -169,6 +169,19 @@ def test_each_regulator_warns_of_its_own_signals_and_leaves():
     assert head.endswith("was that of out/kernel (up to 3.0e+01).")
 
 
+def test_a_leaf_that_jumped_is_told_once_with_its_step_and_what_to_do():
+    head, body = np.zeros((2, 1000))
+    head[[420, 430]], body[420] = 3.0, 0.5
+    leaves = {"jump/model/head": head, "jump/body": body}
+    (message,) = told_of(np.zeros(1000, int), **leaves)
+    assert message.startswith("params of model/head were not where the last update")
+    assert "(at step 420)" in message
+    assert "say so with lalerg_optax.rebase" in message
+    (message,) = told_of(np.zeros(1000, int), jump=head)
+    assert message.startswith("params were not where the last update")
+    assert not told_of(np.zeros(1000, int), **{"jump/head": 0.0 * head})
+
+
 def recurring(**columns):
     """Returns the warnings of a run of 10,000 steps of which all are accepted."""
     recorder = lo.Recorder()
