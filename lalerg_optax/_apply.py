@@ -23,12 +23,23 @@ def _is_masked(node: Any) -> bool:
 _map = functools.partial(jax.tree.map, is_leaf=_is_masked)
 
 
+def _as_params(anchor: optax.Params, params: optax.Params) -> optax.Params:
+    """Returns an anchor in the containers of the params; NNX's state has others."""
+    try:
+        _map(lambda a, p: None, anchor, params)
+    except ValueError:  # they are paired in order, as in rebase
+        leaves = jax.tree.leaves(anchor, is_leaf=_is_masked)
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return anchor
+
+
 def _home(
     state: ErrorRegulateState, params: optax.Params, is_needed: jax.Array
 ) -> optax.Params:
     """Returns the anchor of a regulator, with masked nodes for all other params."""
-    own = _map(lambda a, p: a if _is_masked(a) else p, state.anchor, params)
-    return fetched(is_needed, state.anchor, own)
+    anchor = _as_params(state.anchor, params)
+    own = _map(lambda a, p: a if _is_masked(a) else p, anchor, params)
+    return fetched(is_needed, anchor, own)
 
 
 def apply_updates(
@@ -89,6 +100,7 @@ def healthy_params(params: Params, opt_state: optax.OptState) -> Params:
 
     Args:
       params: the current params, a tree; only those without a regulator are returned.
+        With Flax NNX, ``nnx.state(model, nnx.Param)``.
       opt_state: the state of the optimizer. Regulators are found in it at any depth.
 
     Returns:

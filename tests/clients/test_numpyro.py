@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from client_packages import diabetes, import_client
+from client_packages import breast_cancer, diabetes, import_client
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
@@ -23,7 +23,7 @@ def decay(rate):
     return optax.cosine_decay_schedule(rate, NUM_STEPS)
 
 
-# The search goes by the alignment of gradients, of which one sample tells nothing.
+# The search goes by the alignment of gradients, of which one sample tells little.
 CONFIGURATIONS = {  # name: optimizer, samples a step
     "lalerg": (lambda: lo.lalerg(decay(1e-3), weight_decay=0.0), 10),
     "lalerg, no search": (
@@ -114,3 +114,68 @@ def test_a_nan_in_the_data_of_one_step_is_survived(name):
         assert report_of(state)["verdict"] == Verdict.SKIP
     _, loss = update(state, x, y)
     assert jnp.isfinite(loss) == (name in OURS)
+
+
+# ---- One sample a step, parts of the data, flows -------------------------------------
+
+
+def classifier(x, y, subsample_size=None):
+    w = numpyro.sample(
+        "w", numpyro.distributions.Normal(jnp.zeros(30), 1.0).to_event(1)
+    )
+    with numpyro.plate("rows", len(y), subsample_size=subsample_size):
+        x, y = numpyro.subsample(x, 1), numpyro.subsample(y, 0)
+        numpyro.sample("y", numpyro.distributions.Bernoulli(logits=x @ w), obs=y)
+
+
+NORMAL, FLOW = infer.autoguide.AutoNormal, infer.autoguide.AutoIAFNormal
+
+
+@functools.cache
+def bounds(make_optimizer, rate, guide_type, data_fn, subsample_size=None):
+    """Returns the negative ELBO of all data, of 500 samples, at first and at last."""
+    on_part = model
+    if data_fn is breast_cancer:
+        on_part = functools.partial(classifier, subsample_size=subsample_size)
+    on_all = classifier if data_fn is breast_cancer else model
+    args = data_fn()
+    start = infer.init_to_value(values={"w": jnp.zeros(args[0].shape[1])})
+    guide = guide_type(on_part, init_loc_fn=start)
+    optimizer = optim.optax_to_numpyro(make_optimizer(decay(rate)))
+    svi = infer.SVI(on_part, guide, optimizer, infer.Trace_ELBO())
+    first = svi.init(jax.random.key(0), *args)
+
+    def step(state, _):
+        return svi.update(state, *args)
+
+    last, _ = jax.jit(lambda s: jax.lax.scan(step, s, length=NUM_STEPS))(first)
+    elbo = jax.jit(
+        lambda s: infer.Trace_ELBO(500).loss(
+            jax.random.key(1), svi.get_params(s), on_all, guide, *args
+        )
+    )
+    return float(elbo(first)), float(elbo(last))
+
+
+def searching(rate):
+    return lo.lalerg(rate, weight_decay=0.0)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    ("rate", "program", "usual", "percent"),
+    [
+        pytest.param(
+            1e-5, (NORMAL, breast_cancer, 64), 3e-2, 0.5, id="too small, part of data"
+        ),
+        pytest.param(
+            1e-1, (NORMAL, breast_cancer, 64), 3e-2, 0.5, id="too large, part of data"
+        ),
+        pytest.param(1e-3, (NORMAL, data), 3e-2, 5.0, id="narrow posterior"),
+        pytest.param(1e-3, (FLOW, breast_cancer), 1e-2, 0.5, id="flow"),
+    ],
+)
+def test_one_sample_a_step_is_enough_to_search(rate, program, usual, percent):
+    _, bare = bounds(optax.adam, usual, *program)
+    first, ours = bounds(searching, rate, *program)
+    assert ours < bare + percent / 100 * (first - bare)
