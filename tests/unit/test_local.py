@@ -187,9 +187,12 @@ def reset_head(params, state):
     return params | {"head": jnp.array([3.0, 0.0])}, state
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("apply", [add, lo.apply_updates], ids=["Optax's", "own"])
-def test_updates_and_reverts_are_no_jumps(dtype, apply):
+@pytest.mark.parametrize(
+    ("apply", "dtype"),
+    [(add, "bfloat16"), (lo.apply_updates, "float32")],
+    ids=["Optax's", "own"],
+)
+def test_updates_and_reverts_are_no_jumps(apply, dtype):
     jumped, verdicts = jumps(apply, dtype=dtype)
     assert np.sum(verdicts == Verdict.REVERT) == 2
     assert not jumped.any()
