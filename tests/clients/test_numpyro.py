@@ -161,15 +161,14 @@ def searching(rate):
     return lo.lalerg(rate, weight_decay=0.0)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("rate", "program", "usual", "percent"),
     [
         pytest.param(
-            1e-5, (NORMAL, breast_cancer, 64), 3e-2, 0.5, id="too small, part of data"
+            1e-5, (NORMAL, breast_cancer, 64), 3e-2, 0.5, id="from 1e-5, part of data"
         ),
         pytest.param(
-            1e-1, (NORMAL, breast_cancer, 64), 3e-2, 0.5, id="too large, part of data"
+            1e-1, (NORMAL, breast_cancer, 64), 3e-2, 0.5, id="from 0.1, part of data"
         ),
         pytest.param(1e-3, (NORMAL, data), 3e-2, 5.0, id="narrow posterior"),
         pytest.param(1e-3, (FLOW, breast_cancer), 1e-2, 0.5, id="flow"),
