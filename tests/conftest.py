@@ -21,6 +21,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = os.environ.get(
 
 import jax
 import pytest
+from helpers.quick import mark_the_rest
 from hypothesis import settings
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -40,6 +41,11 @@ settings.register_profile(
     "slow", parent=settings.get_profile("quick"), max_examples=3000
 )
 settings.load_profile("quick")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the slow ones are left out
+def pytest_collection_modifyitems(items):
+    mark_the_rest(items)
 
 
 def pytest_runtest_setup(item):

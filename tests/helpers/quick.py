@@ -1,5 +1,7 @@
 """What the default run leaves to the slow one, because it shows the same again."""
 
+import collections
+
 import pytest
 
 
@@ -7,3 +9,57 @@ def some(names, *quick):
     """Returns all names, those but the quick ones marked as slow."""
     assert set(quick) <= set(names), "a quick one has another name"
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+# Functions whose first cases stay in the default run, and whose others take long
+FIRST = {
+    "test_100_000_steps_of_noise_cost_no_skip_and_no_revert": 1,
+    "test_a_failed_start_leaves_nothing_in_the_moments": 2,
+    "test_a_micro_batch_that_is_not_finite_is_dropped_alone": 6,
+    "test_a_new_head_stays_where_it_is_told": 2,
+    "test_a_norm_outlier_never_reverts_where_the_loss_is_ordinary": 1,
+    "test_a_rate_a_thousand_times_too_low_is_found": 1,
+    "test_a_resumed_run_is_the_one_that_went_on_bit_for_bit": 2,
+    "test_bad_numbers_cost_their_own_steps_and_nothing_else": 3,
+    "test_bloom_spike_is_held_off_by_its_norms_and_undone_as_the_loss_jumps": 1,
+    "test_chained_with_anything_the_loss_falls": 5,
+    "test_counters_stay_at_the_largest_int32": 2,
+    "test_damaged_params_go_back_to_the_anchor": 4,
+    "test_devices_with_losses_of_their_own_decide_alike": 1,
+    "test_eight_devices_take_the_run_of_one": 1,
+    "test_error_regulate_follows_an_optimizer_and_keeps_nan_out_of_it": 2,
+    "test_error_regulate_follows_lbfgs_with_its_line_search": 0,
+    "test_every_fault_costs_less_than_5_percent_of_the_drop": 2,
+    "test_every_step_is_that_of_the_reference": 6,
+    "test_lalerg_without_search_follows_adamw": 1,
+    "test_many_reverts_do_not_freeze_the_run": 1,
+    "test_means_of_micro_batches_are_sharded_like_the_params": 1,
+    "test_micro_batches_take_the_steps_of_whole_batches": 2,
+    "test_nan_at_the_first_step_keeps_no_optimizer_from_training": 2,
+    "test_nnx_optimizer_trains_as_it_is": 1,
+    "test_no_buffer_is_in_a_state_twice": 2,
+    "test_noise_of_an_odd_shape_costs_no_skip_and_hardly_a_revert": 1,
+    "test_outside_of_jit_the_results_are_the_same": 2,
+    "test_params_updates_and_state_stay_finite": 2,
+    "test_protection_costs_nothing_where_nothing_is_wrong": 1,
+    "test_search_finds_its_rate_with_a_narrow_anchor_too": 1,
+    "test_state_and_updates_keep_their_types": 6,
+    "test_train_state_trains_a_model_with_batch_norm_and_dropout": 1,
+    "test_training_without_a_fault_is_left_alone": 1,
+    "test_units_and_level_of_the_loss_change_nothing": 2,
+    "test_updates_of_any_tree_go_downhill": 2,
+    "test_with_nothing_wrong_it_ends_no_worse_than_bare": 4,
+}
+SLOW_PAGES = ("accumulate", "checkpoint", "clients", "faq", "reverting")
+
+
+def mark_the_rest(items):
+    """Marks as slow what shows the same again, and takes long."""
+    seen = collections.Counter()
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        if item.get_closest_marker("slow") is None:
+            seen[name] += 1
+            is_slow = seen[name] > FIRST.get(name, seen[name])
+            if is_slow or item.name.endswith(tuple(f"says[{p}]" for p in SLOW_PAGES)):
+                item.add_marker(pytest.mark.slow)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.quick import FIRST
 
 import lalerg_optax
 
@@ -100,3 +101,9 @@ def test_no_function_is_long(source):
             docstring = ast.get_docstring(node, clean=False) or ""
             own = node.end_lineno - node.lineno - docstring.count("\n")
             assert own <= 130, node.name  # a factory and the two functions in it
+
+
+def test_what_is_left_to_the_slow_run_is_there():
+    tests = pathlib.Path(__file__).parents[1].rglob("test_*.py")
+    defined = "\n".join(path.read_text() for path in tests)
+    assert all(defined.count(f"def {name}(") == 1 for name in FIRST)

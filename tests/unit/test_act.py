@@ -8,6 +8,7 @@ import pytest
 import lalerg_optax as lo
 from lalerg_optax import Verdict
 from lalerg_optax._act import act, admitted
+from lalerg_optax._records import RegulatorScalars
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, 1e3])
@@ -42,7 +43,10 @@ def step_taken(verdict, updates, params=(1.0, 2.0, 3.0)):
     params, home = jnp.array(params), jnp.array([0.0, 5.0, 3.0])
     verdict, damping = jnp.int32(verdict), jnp.float32(0.5)
     updates = jnp.asarray(updates)
-    return act(verdict, damping, params, updates, home, params, None, None)[0]
+    last = RegulatorScalars()
+    return act(verdict, damping, params, updates, home, params, None, last, None, None)[
+        0
+    ]
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 3.4e38])
