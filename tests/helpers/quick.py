@@ -73,7 +73,6 @@ FIRST = {
     "test_unknown_extra_args_are_ignored": 1,
     "test_updates_of_any_tree_go_downhill": 2,
     "test_with_nothing_wrong_it_ends_no_worse_than_bare": 4,
-    "test_without_a_loss_the_adapter_is_named": 1,
 }
 SLOW_PAGES = ("accumulate", "checkpoint", "clients", "faq", "reverting")
 
