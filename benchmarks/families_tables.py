@@ -92,8 +92,17 @@ def shares_table(results: Results, families: Iterable[Any]) -> list[str]:
             chosen = [t for t in tasks if t in half]
             line += shares(results.cells(family.name, family.name, chosen))
         worst = results.cells(family.name, family.name, tasks).max()
-        lines.append([*line, percent(worst), str(len(tasks))])
-    return table([*header, "worst cell, %", "tasks"], lines)
+        line += [percent(worst), str(len(tasks))]
+        for half in HALVES.values():
+            chosen = [t for t in tasks if t in half]
+            line += shares(results.cells(family.name, bare(family.name), chosen))[:1]
+        lines.append(line)
+    header += [
+        "worst cell, %",
+        "tasks",
+        *(f"{half}: bare, within 5 %" for half in HALVES),
+    ]
+    return table(header, lines)
 
 
 def ratio_table(results: Results, families: Iterable[Any]) -> list[str]:

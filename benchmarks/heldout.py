@@ -5,7 +5,7 @@ thousandth and a thousand times of its rate: error, signal-to-noise ratio or ELB
 the fifth of the data that is held out, in standard deviations of tuned AdamW's seeds.
 Tuned is by the training loss, with ``decades.py`` and on other seeds than these.
 
-    python benchmarks/heldout.py --out benchmarks/results/heldout   # all, 20 minutes
+    python benchmarks/heldout.py --out benchmarks/results/heldout   # all, half an hour
     python benchmarks/heldout.py --quick                            # a minute
     python benchmarks/heldout.py --report-only                      # tables
 

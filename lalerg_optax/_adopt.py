@@ -99,22 +99,31 @@ def adopt(
       that is not complete is then lost, and groups are counted from 0.
 
     On the way back the factors of the learning rate, ``macro_rate`` and
-    ``damping_factor`` (`metrics`), are dropped: where they are not 1, multiply the
-    learning rate by them.
+    ``damping_factor`` (`metrics`), are dropped: multiply the learning rate by them.
 
     Can be jitted. Without ``jit``, the result shares buffers with ``opt_state``.
     """
-    return _rated(tx.update, _take_over(tx.init(params), opt_state))
+    state = _take_over(tx.init(params), opt_state)
+    return _rated(tx.update, jax.tree.map(_with_rate, state, is_leaf=_is_regulator))
+
+
+def _is_regulator(node: Any) -> bool:
+    return isinstance(node, ErrorRegulateState)
+
+
+def _with_rate(node: Any, rate: Any = UNKNOWN) -> Any:
+    """Returns a regulator with the rate of the next step, or another leaf."""
+    if not _is_regulator(node):
+        return node
+    known = unpack(RegulatorScalars, node.scalars)
+    return node._replace(scalars=pack(known._replace(base_rate=rate)))
 
 
 def _rated(update: Any, state: Any) -> Any:
-    """Returns a state in which new regulators know the rate of the next step."""
+    """Returns a state in which regulators know the rate of the next step."""
     made_of = enclosed(update)
-    if isinstance(state, ErrorRegulateState) and "chained" in made_of:
-        known = unpack(RegulatorScalars, state.scalars)
-        rate = learning_rate(made_of["chained"], state.inner_state)
-        rate = jnp.where(known.base_rate == UNKNOWN, rate, known.base_rate)
-        return state._replace(scalars=pack(known._replace(base_rate=rate)))
+    if _is_regulator(state) and "chained" in made_of:
+        return _with_rate(state, learning_rate(made_of["chained"], state.inner_state))
     if "update_fns" in made_of and isinstance(state, tuple) and not _is_state(state):
         return tuple(map(_rated, made_of["update_fns"], state))
     return state
@@ -243,8 +252,7 @@ def _fill(new: Any, parts: list[Any], num_steps: jax.Array | None) -> Any:
         return _regulated(new, part)._replace(inner_state=inner_state)
     field = _inside(new)
     if part is None and field is not None:
-        filled = _fill(getattr(new, field), parts, num_steps)
-        return new._replace(**{field: filled})
+        return new._replace(**{field: _fill(getattr(new, field), parts, num_steps)})
     if part is None:
         return _begun(new, num_steps)
     if not _is_adam(new):
@@ -269,22 +277,16 @@ def _same(new: Any, old: Any) -> Any:
 
 
 def _regulated(new: ErrorRegulateState, old: Any) -> ErrorRegulateState:
-    """Returns a regulator that does not treat the run as a new one.
-
-    Where it is new, the rate is not known yet: that of a new run is another one.
-    """
-    base_rate: Any = UNKNOWN
+    """Returns a regulator that does not treat the run as a new one."""
     if old is not None:
         new = new._replace(
             scalars=_same(new.scalars, old.scalars),
             history=_same(new.history, old.history),
             anchor=_same(new.anchor, old.anchor),
         )
-        base_rate = new.base_rate
-    scalars = unpack(RegulatorScalars, new.scalars)
-    passed = jnp.maximum(scalars.num_audits_passed, 1)
-    scalars = scalars._replace(num_audits_passed=passed, base_rate=base_rate)
-    return new._replace(scalars=pack(scalars))
+    known = unpack(RegulatorScalars, new.scalars)
+    passed = jnp.maximum(known.num_audits_passed, 1)
+    return new._replace(scalars=pack(known._replace(num_audits_passed=passed)))
 
 
 def _begun(new: Any, num_steps: jax.Array | None) -> Any:

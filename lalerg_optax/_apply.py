@@ -27,10 +27,21 @@ def _as_params(anchor: optax.Params, params: optax.Params) -> optax.Params:
     """Returns an anchor in the containers of the params; NNX's state has others."""
     try:
         _map(lambda a, p: None, anchor, params)
-    except ValueError:  # they are paired in order, as in rebase
-        leaves = jax.tree.leaves(anchor, is_leaf=_is_masked)
+    except ValueError:  # in order, where names and shapes are the same
+        pairs = jax.tree_util.tree_leaves_with_path(anchor, is_leaf=_is_masked)
+        others = jax.tree_util.tree_leaves_with_path(params)
+        if list(map(_place, pairs)) != list(map(_place, others)):
+            raise
+        leaves = [leaf for _, leaf in pairs]
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
     return anchor
+
+
+def _place(pair: tuple[Any, Any]) -> tuple[Any, ...]:
+    """Returns the names on the way to a leaf, and its shape."""
+    path, leaf = pair
+    names = [key.key for key in path if hasattr(key, "key")]
+    return (*names, jnp.shape(leaf))
 
 
 def _home(
@@ -96,7 +107,7 @@ def healthy_params(params: Params, opt_state: optax.OptState) -> Params:
     The effect of an update shows at the next losses. So no loss has judged the last
     update of a run, or the one before a checkpoint. The anchor was judged: it holds the
     params before a step whose loss and gradient norm were ordinary, at most
-    ``anchor_every`` accepted steps ago, and it is held while anything is in doubt.
+    ``anchor_every`` accepted steps ago, or longer while anything is in doubt.
 
     Args:
       params: the current params, a tree; only those without a regulator are returned.

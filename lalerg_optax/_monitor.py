@@ -133,7 +133,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     update_ratio/<leaf>         ``|u| / |p|``: how far the weights moved
     predicted_decrease/<leaf>   ``-<g, u>``: by how much the loss falls, to first order
     jump/<leaf>                 how far ``p`` is, at least, from where the update before
-                                sent it, relative to ``|p|``; 0 up to rounding
+                                sent it, relative to ``|p| + |u|``; 0 up to rounding
     ==========================  ====================================================
 
     Of these ``effective_rate``, ``update_ratio`` and ``predicted_decrease`` are 0 where

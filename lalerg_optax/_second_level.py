@@ -103,7 +103,11 @@ def _try_out(tx: Any, params: optax.Params) -> _Trial:
     has_grown = jnp.stack([jnp.any(u < 0.0) for u in entries]).any()
     has_fallen = jnp.stack([jnp.any(u > 0.0) for u in entries]).any()
     of_values = (steps(ones, ones, 1, value) for value in (1.0, 1e-3))
-    differ = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.any(a != b), *of_values))
+    # a NaN is not equal to itself
+    differ = jax.tree.map(
+        lambda a, b: jnp.any((a != b) & ~(jnp.isnan(a) & jnp.isnan(b))), *of_values
+    )
+    differ = jax.tree.leaves(differ)
     return trial._replace(
         decays=has_fallen & ~has_grown, takes_value=jnp.stack(differ).any()
     )

@@ -181,7 +181,8 @@ class Watch:
 
 def _jumps(group: str, new: Block) -> Iterator[tuple[str, str]]:
     """Yields the leaf that jumped farthest in these steps, if any, and its warning."""
-    jumps = {name: new[name] for name in new if name.partition("/")[0] == "jump"}
+    partner = {n: n.replace("jump", "update_ratio", 1) for n in new}  # not a user's
+    jumps = {n: new[n] for n in new if n.startswith("jump") and partner[n] in new}
     if not jumps:
         return
     name = max(jumps, key=lambda name: float(np.nanmax(jumps[name])))

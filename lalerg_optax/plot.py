@@ -42,7 +42,7 @@ _LAYERS = {
     "effective_rate": "effective rate, |u| / |g|\n(the rate SGD would need)",
     "grad_norm": "gradient norm, |g|",
     "predicted_decrease": "predicted decrease of the loss, -<g, u>",
-    "jump": "distance from where the update\nbefore sent it, in units of |p|",
+    "jump": "distance from where the update\nbefore sent it, in units of |p| + |u|",
 }
 
 

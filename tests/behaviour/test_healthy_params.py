@@ -65,3 +65,13 @@ def test_params_of_no_regulator_are_taken_over_and_a_narrow_anchor_widened():
         np.array_equal(healthy["a"], np.asarray(p["a"].astype(jnp.bfloat16), "f4"))
         for p in seen
     )
+
+
+@pytest.mark.parametrize("names", [("v", "w"), ("a", "c")])
+def test_params_of_another_model_are_refused(names):
+    """By name, and not in order: that would give the weights of another layer."""
+    old = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
+    state = lo.error_regulate(optax.sgd(0.1)).init(old)
+    others = dict.fromkeys(names, jnp.ones(3))
+    with pytest.raises(ValueError, match=r"(?i)key|structure|dict"):
+        lo.healthy_params(others, state)

@@ -1,4 +1,4 @@
-"""Levanter's contract, restated: it is too heavy to be installed here.
+"""Levanter's contract, restated: it is heavy to install.
 
 Its ``take_train_step`` passes params by name and the arguments ``obj_fn`` (a function
 or None), ``loss`` (a number or None) and ``grams``; older versions pass ``obj_fn``

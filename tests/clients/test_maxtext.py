@@ -1,4 +1,4 @@
-"""MaxText's contract, restated: it is too heavy to be installed here.
+"""MaxText's contract, restated: it is heavy to install.
 
 Its state is made from boxed params under ``eval_shape``: the logical axes of the state
 are read off what ``init`` makes of the boxes, and the state is sharded by them. The

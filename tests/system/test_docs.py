@@ -121,7 +121,7 @@ def test_the_blocks_of_the_readme_run_one_after_the_other():
     exec(first, names)  # as it stands: it imports what it needs
     assert jnp.max(jnp.abs(names["params"] - names["target"])) < 0.1
     plain = optax.adamw(names["schedule"])
-    names["opt_state"] = plain.init(names["params"])
+    names["adamw_state"] = plain.init(names["params"])
     exec(second, names)
 
 

@@ -160,6 +160,20 @@ def test_the_rate_that_is_told_is_that_of_the_next_step(wrap):
     np.testing.assert_array_equal(lo.metrics(told)["learning_rate"], rate)
 
 
+@pytest.mark.parametrize("rate", [0.25, lambda count: 0.25], ids=["number", "schedule"])
+def test_between_protected_optimizers_the_rate_is_that_of_the_new_one(rate):
+    params, (first, new) = init_params(), (optax.sgd(0.5), optax.sgd(rate))
+    _, state, _ = train(
+        lo.error_regulate(first),
+        params,
+        lo.error_regulate(first).init(params),
+        healthy(0, 3),
+    )
+    assert lo.metrics(state)["learning_rate"] == 0.5
+    adopted = lo.adopt(lo.error_regulate(new), params, state)
+    assert lo.metrics(adopted)["learning_rate"] == 0.25
+
+
 def test_a_rate_that_is_out_of_reach_is_not_told_as_that_of_a_new_run():
     params = init_params()
     groups = {"hidden": "a", "out": "a"}
@@ -358,7 +372,9 @@ def test_between_two_protected_optimizers_history_anchor_and_rate_are_kept():
     state = used(old.init(params))
     adopted = lo.adopt(new, params, state)
     assert_is_a_state_of(new, params, adopted)
-    chex.assert_trees_all_equal(lo.metrics(adopted), lo.metrics(state))
+    told, before = lo.metrics(adopted), lo.metrics(state)
+    assert told.pop("learning_rate") != before.pop("learning_rate")  # it is the new one
+    chex.assert_trees_all_equal(told, before)
     chex.assert_trees_all_equal(adopted.history, state.history)
     rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16), state.anchor)
     chex.assert_trees_all_equal(adopted.anchor, rounded)

@@ -308,3 +308,13 @@ def test_an_optimizer_made_inside_of_jit_is_good_outside():
     state = jax.jit(lambda p: make().init(p))(PARAMS)
     updates, _ = jax.jit(lambda s: make().update(GRADS, s, PARAMS, value=1.0))(state)
     assert sum(map(jnp.vdot, *map(jax.tree.leaves, (GRADS, updates)))) < 0.0
+
+
+def test_a_nan_at_the_first_step_is_no_sign_of_a_line_search():
+    def update(updates, state, params=None):
+        del params
+        bad = jnp.where(state == 0, jnp.nan, -1.0)
+        return jax.tree.map(lambda g: bad * g, updates), state + 1
+
+    odd = optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+    lo.lalerg(0.1, micro=odd).init({"w": jnp.ones(3)})  # was refused

@@ -172,14 +172,21 @@ def test_each_regulator_warns_of_its_own_signals_and_leaves():
 def test_a_leaf_that_jumped_is_told_once_with_its_step_and_what_to_do():
     head, body = np.zeros((2, 1000))
     head[[420, 430]], body[420] = 3.0, 0.5
+    moved = np.ones(1000)
     leaves = {"jump/model/head": head, "jump/body": body}
+    leaves |= {"update_ratio/model/head": moved, "update_ratio/body": moved}
     (message,) = told_of(np.zeros(1000, int), **leaves)
     assert message.startswith("params of model/head were not where the last update")
     assert "(at step 420)" in message
     assert "say so with lalerg_optax.rebase" in message
-    (message,) = told_of(np.zeros(1000, int), jump=head)
+    (message,) = told_of(np.zeros(1000, int), jump=head, update_ratio=moved)
     assert message.startswith("params were not where the last update")
-    assert not told_of(np.zeros(1000, int), **{"jump/head": 0.0 * head})
+    still = {"jump/head": 0.0 * head, "update_ratio/head": moved}
+    assert not told_of(np.zeros(1000, int), **still)
+
+
+def test_a_users_own_jump_is_no_jump_of_the_params():
+    assert not told_of(np.zeros(1000, int), jump=np.ones(1000))
 
 
 def recurring(**columns):
