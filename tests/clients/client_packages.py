@@ -5,6 +5,7 @@ import importlib
 import os
 import warnings
 
+import jax
 import numpy as np
 import pytest
 from sklearn.datasets import load_breast_cancer, load_diabetes
@@ -14,13 +15,18 @@ def import_client(name):
     """Returns a package; without it the tests of the module are skipped.
 
     Unless LALERG_REQUIRE_CLIENTS is set, as where all of them ought to be there. What
-    a package warns of when it is imported is not ours to mend.
+    a package warns of when it is imported is not ours to mend; where it switches on
+    double precision (NetKet), that is taken back for the other modules.
     """
+    is_double = jax.config.jax_enable_x64
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if os.environ.get("LALERG_REQUIRE_CLIENTS"):
-            return importlib.import_module(name)
-        return pytest.importorskip(name)
+            package = importlib.import_module(name)
+        else:
+            package = pytest.importorskip(name)
+    jax.config.update("jax_enable_x64", is_double)
+    return package
 
 
 def _standardised(x):

@@ -18,6 +18,13 @@ OPTIMIZERS = {
 NUM_STEPS, BAD_STEP = 200, 80
 
 
+@pytest.fixture(autouse=True)
+def _double_precision():
+    """As NetKet sets it when it is imported."""
+    with jax.enable_x64(True):
+        yield
+
+
 def spoilt_at(bad_step):
     """Returns a link that makes the forces of one step NaN."""
 
