@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from ._numbers import is_representable, ratio, root
@@ -172,3 +173,53 @@ def move(is_moved: jax.Array, anchor: PyTree, params: PyTree) -> PyTree:
 
     there = jax.tree.map(moved, _on_device(anchor), params)
     return _put(there, _HOST) if _is_on_host(anchor) else there
+
+
+def is_masked(node: Any) -> bool:
+    """Returns whether a node stands for params that are no business of a regulator."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def as_params(anchor: PyTree, params: PyTree) -> PyTree:
+    """Returns an anchor in the containers of the params.
+
+    They differ where Flax NNX keeps a state: its leaves are then paired by name. A
+    masked node may stand for a whole subtree of params.
+
+    Args:
+      anchor: a tree like the params, with masked nodes in it.
+      params: the params.
+
+    Raises:
+      ValueError: if names or shapes are those of other params.
+    """
+    leaves = jax.tree.leaves(anchor, is_leaf=is_masked)
+    try:
+        own: list[Any] = []
+        jax.tree.map(lambda a, p: own.append(p), anchor, params, is_leaf=is_masked)
+        fitted = anchor
+    except (TypeError, ValueError):
+        own = jax.tree.leaves(params)
+        if _names(anchor) != _names(params):
+            raise _misfit(leaves, own) from None
+        fitted = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    pairs = [(a, p) for a, p in zip(leaves, own, strict=True) if not is_masked(a)]
+    if any(jnp.shape(a) != jnp.shape(p) for a, p in pairs):
+        raise _misfit(*zip(*pairs, strict=True))
+    return fitted
+
+
+def _names(tree: PyTree) -> list[list[Any]]:
+    """Returns the names on the way to each leaf, whatever holds them."""
+    paths = [p for p, _ in jax.tree.leaves_with_path(tree, is_leaf=is_masked)]
+    return [[key.key for key in path if hasattr(key, "key")] for path in paths]
+
+
+def _misfit(leaves: Any, others: Any) -> ValueError:
+    shapes = [[jnp.shape(x) for x in tree] for tree in (leaves, others)]
+    return ValueError(
+        f"params do not fit the state: it was made for {len(shapes[0])} leaves, "
+        f"{shapes[0]}, and not for {len(shapes[1])}, {shapes[1]}. Params come first, "
+        "then the state; of states under vmap, call it under vmap. For other params "
+        "make a new state, tx.init(params)."
+    )

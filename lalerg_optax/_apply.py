@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._anchor import fetched
+from ._anchor import as_params, fetched, is_masked
 from ._find import find_states
 from ._numbers import is_representable
 from ._regulate import ErrorRegulateState
@@ -16,40 +16,15 @@ from ._verdict import Verdict
 Params = TypeVar("Params")  # optax.Params is Any, which would lose their type
 
 
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-_map = functools.partial(jax.tree.map, is_leaf=_is_masked)
-
-
-def _as_params(anchor: optax.Params, params: optax.Params) -> optax.Params:
-    """Returns an anchor in the containers of the params; NNX's state has others."""
-    try:
-        _map(lambda a, p: None, anchor, params)
-    except ValueError:  # in order, where names and shapes are the same
-        pairs = jax.tree_util.tree_leaves_with_path(anchor, is_leaf=_is_masked)
-        others = jax.tree_util.tree_leaves_with_path(params)
-        if list(map(_place, pairs)) != list(map(_place, others)):
-            raise
-        leaves = [leaf for _, leaf in pairs]
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
-    return anchor
-
-
-def _place(pair: tuple[Any, Any]) -> tuple[Any, ...]:
-    """Returns the names on the way to a leaf, and its shape."""
-    path, leaf = pair
-    names = [key.key for key in path if hasattr(key, "key")]
-    return (*names, jnp.shape(leaf))
+_map = functools.partial(jax.tree.map, is_leaf=is_masked)
 
 
 def _home(
     state: ErrorRegulateState, params: optax.Params, is_needed: jax.Array
 ) -> optax.Params:
     """Returns the anchor of a regulator, with masked nodes for all other params."""
-    anchor = _as_params(state.anchor, params)
-    own = _map(lambda a, p: a if _is_masked(a) else p, anchor, params)
+    anchor = as_params(state.anchor, params)
+    own = _map(lambda a, p: a if is_masked(a) else p, anchor, params)
     return fetched(is_needed, anchor, own)
 
 
@@ -93,7 +68,7 @@ def apply_updates(
         is_reverted = state.verdict == Verdict.REVERT
 
         def select(a: Any, p: Any, pred: jax.Array = is_reverted) -> Any:
-            if _is_masked(a):
+            if is_masked(a):
                 return p
             return jnp.where(pred | ~is_representable(p), a, p).astype(p.dtype)
 
@@ -129,6 +104,6 @@ def healthy_params(params: Params, opt_state: optax.OptState) -> Params:
     for state in find_states(opt_state, ErrorRegulateState).values():
         home = _home(state, params, jnp.ones((), jnp.bool_))
         params = _map(
-            lambda a, p: p if _is_masked(a) else a.astype(p.dtype), home, params
+            lambda a, p: p if is_masked(a) else a.astype(p.dtype), home, params
         )
     return params

@@ -8,6 +8,7 @@ import optax
 
 from ._accumulate import AccumulateState
 from ._adapters import TracksParamsState
+from ._anchor import as_params, is_masked
 from ._history import LossHistory
 from ._local import LocalView, expect_nothing
 from ._macro import ScaleByMacroRateState
@@ -149,31 +150,16 @@ def _with(state: Any, **parts: Any) -> Any:
 def _anchored(anchor: optax.Params, params: optax.Params) -> optax.Params:
     """Returns copies of the params, with the dtypes and in the memory of the anchor.
 
-    They are paired in order, because Flax NNX has other containers in its state.
+    They are in its containers, which are others where Flax NNX keeps the state.
     """
 
     def copied(a: Any, p: Any) -> Any:
-        if isinstance(a, optax.MaskedNode):
+        if is_masked(a):
             return a
         copy = jnp.copy(jnp.asarray(p, a.dtype))
         space = jax.typeof(a).memory_space
         is_there = jax.typeof(copy).memory_space == space
         return copy if is_there else jax.device_put(copy, space)
 
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    old, tree = jax.tree.flatten(anchor, is_leaf=is_masked)
-    new = jax.tree.leaves(params)
-    shapes = [
-        (jnp.shape(p) if is_masked(a) else jnp.shape(a), jnp.shape(p))
-        for a, p in zip(old, new, strict=False)
-    ]
-    if len(old) != len(new) or any(a != p for a, p in shapes):
-        raise ValueError(
-            "params do not fit the state: it was made for "
-            f"{len(old)} leaves, {[a for a, _ in shapes]}, and not for {len(new)}, "
-            f"{[p for _, p in shapes]}. The order is rebase(params, opt_state); "
-            "under vmap, jax.vmap(rebase). For other params make a new state."
-        )
-    return jax.tree.unflatten(tree, map(copied, old, new))
+    copies = jax.tree.map(copied, as_params(anchor, params), params, is_leaf=is_masked)
+    return jax.tree.unflatten(jax.tree.structure(anchor), jax.tree.leaves(copies))

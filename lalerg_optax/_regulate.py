@@ -178,7 +178,8 @@ def error_regulate(
     check_anchor_dtype(anchor_dtype)
     check_anchor_memory(anchor_memory)
     is_flat = inner is None
-    for name in [*["audit"] * audit, *["local"] * local] if is_flat else []:
+    if is_flat and (audit or local):
+        name = "audit" if audit else "local"
         raise ValueError(f"{name} needs the gradient: the flat form does not see it.")
     chained = as_inner(optax.identity() if is_flat else inner)
     rule = JudgeRule(

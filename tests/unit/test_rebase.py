@@ -132,6 +132,18 @@ def test_groups_have_their_own_params():
     chex.assert_trees_all_equal(lo.healthy_params(START, state)["body"], params["body"])
 
 
+def test_one_mask_may_hide_a_whole_subtree():
+    """Of a frozen body of two layers, with a head that is trained."""
+    start = {"body": [jnp.zeros(2), jnp.zeros(5)], "head": jnp.zeros(3)}
+    mask = {"body": False, "head": True}
+    tx = optax.masked(lo.error_regulate(optax.sgd(0.1)), mask)
+    params = jax.tree.map(lambda p: p + 1.0, start)
+    state = lo.rebase(params, tx.init(start))
+    chex.assert_trees_all_equal(lo.healthy_params(start, state)["head"], params["head"])
+    frozen = lo.healthy_params(params, state)["body"]
+    chex.assert_trees_all_equal(frozen, params["body"])
+
+
 def test_what_does_not_fit_is_refused():
     tx = FORMS["error_regulate"]
     state = tx.init(START)
