@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import peers
+import rate_free
 from decades_tables import NUM_PIECES, TUNED, Results, draw, report
 from rich.progress import Progress
 from store import opened, options_of, publish, rounded
@@ -123,15 +124,15 @@ ROWS = (
             peers.FINITE,
             peers.SKIPPING,
             peers.PLATEAU,
-            peers.MECHANIZED,
-            peers.PRODIGY,
-            peers.PRODIGY_FIRST,
-            peers.DADAPT,
-            peers.DADAPT_FIRST,
-            peers.DOG,
-            peers.DOG_FIRST,
-            peers.MOMO,
-            peers.SCHEDULE_FREE,
+            rate_free.MECHANIZED,
+            rate_free.PRODIGY,
+            rate_free.PRODIGY_FIRST,
+            rate_free.DADAPT,
+            rate_free.DADAPT_FIRST,
+            rate_free.DOG,
+            rate_free.DOG_FIRST,
+            rate_free.MOMO,
+            rate_free.SCHEDULE_FREE,
         )
     ),
     LALERG,

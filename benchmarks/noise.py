@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+import rate_free
 from jax import lax
 from noise_tables import FACTORS, FULL_RATES, Results, draw, report, stored
 from noise_tasks import CASES, CHOOSE, FULL, NOISE, PLATEAUS, REPORT
@@ -70,7 +71,11 @@ ROWS = (
     Row(peers.REGULATED, "tuned", only_tuned),
     *(
         Row(peer, "peers")
-        for peer in (peers.PRODIGY, peers.PRODIGY_FIRST, peers.SCHEDULE_FREE)
+        for peer in (
+            rate_free.PRODIGY,
+            rate_free.PRODIGY_FIRST,
+            rate_free.SCHEDULE_FREE,
+        )
     ),
 )
 ON_PLATEAUS = LALERG._replace(

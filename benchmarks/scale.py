@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 import peers
+import rate_free
 import texts
 from decoder import SIZES
 from jax import lax
@@ -72,8 +73,8 @@ OPTIMIZERS: dict[str, tuple[Peer, float]] = {  # and the rate by default, not tu
     "adamw": (peers.WARMED_UP, 1e-3),
     "nadamw": (warmed_up(peers.NADAMW), 1e-3),
     "muon": (warmed_up(Peer("muon", peers.of(muon))), 1e-2),
-    "prodigy": (peers.PRODIGY, 1.0),  # a schedule that begins at zero gives it NaN
-    "schedule_free": (peers.SCHEDULE_FREE, 1e-3),
+    "prodigy": (rate_free.PRODIGY, 1.0),  # a schedule that begins at zero gives it NaN
+    "schedule_free": (rate_free.SCHEDULE_FREE, 1e-3),
     "regulated": (warmed_up(peers.REGULATED), 1e-3),
     "no_search": (warmed_up(peers.NO_SEARCH), 1e-3),
     "lalerg": (peers.LALERG, 1e-6),
