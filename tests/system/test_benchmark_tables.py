@@ -1,10 +1,15 @@
 """The tables of the benchmarks say what was measured."""
 
+from functools import partial
+
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers.benchmarks import benchmark
 
 DECADES = (1e-2, 1e-1, 1.0)
+BROKEN = optax.sgd(float("nan"))
 
 
 def swept(tmp_path):
@@ -32,6 +37,45 @@ def test_a_run_that_diverged_has_no_ratio(tmp_path):
     ratios = made.ratios("mlp", "adamw")
     np.testing.assert_allclose(ratios, [[4.0], [1.0], [np.inf]])
     assert sweeps.times(ratios.max()) == "diverged"
+
+
+def test_a_peer_of_which_nothing_is_left_is_told_as_diverged(tmp_path):
+    decades, tables = benchmark("decades"), benchmark("decades_tables")
+    peer = decades.peers.ADAMW._replace(name="momo_adam", make=lambda rate, n: BROKEN)
+    row = decades.ADAMW._replace(peer=peer, has_curve=False)
+    data = (jnp.ones((4, 1)),)
+    task = benchmark("tasks").Task(
+        init=lambda key: (jnp.ones(1), ()),
+        loss=lambda params, rest, *batch: ((params**2).sum(), rest),
+        train=data,
+        test=data,
+        batch_size=1,
+        num_steps=2,
+    )
+    made = swept(tmp_path)
+    for (name, optimizer), run in made.runs.items():
+        run |= {"task": name, "optimizer": optimizer, "seconds": 1.0}
+    cells = {"rates": [1e-2, 1.0], "num_seeds": 2, "num_steps": 2}
+    measured = partial(decades.measure, task, row, **cells)
+    made.measure(("mlp", "momo_adam"), cells, measured, force=False)
+
+    stored = tables.Results(made.path)
+    stored.load()
+    assert stored.runs["mlp", "momo_adam"]["train_loss"] == [[None, None]] * 2
+    text = tables.report(stored, [decades.ADAMW, row])
+    assert "| momo_adam | 0 | 0 | 0 | diverged | diverged (mlp) | 1 |" in text
+    assert "| momo_adam | 0 | 0 | diverged |" in text  # by the ratio of losses
+    tables.draw(stored, tmp_path / "made.png")
+
+
+def test_a_row_at_its_best_rate_is_a_mean_of_its_seeds(tmp_path):
+    tables, sweeps = benchmark("decades_tables"), benchmark("sweeps")
+    made = swept(tmp_path)
+    own = benchmark("decades").LALERG
+    # 2.1 at the best of three rates, 0.1 above AdamW, which went from 100 to 2
+    (line,) = tables.best_table(made, [own])[2:-1]
+    excess = sweeps.percent(100 * 0.1 / 98)
+    assert line == f"| lalerg | 100 | 100 | 0 | {excess} | {excess} (mlp) | 1 |"
 
 
 @pytest.mark.parametrize("name", ["decades", "families"])
