@@ -80,6 +80,11 @@ CONSTANTS: dict[str, tuple[Any, str, tuple[Any, Any]]] = {
 CONSTANTS_TASKS = ("logistic", "regression", "factorization")
 
 
+def alone(peer: peers.Peer, rate: float) -> Row:
+    """Returns a row of what is run at one rate only, because it is said to fit all."""
+    return Row(peer, "peers", rates=lambda tuned: (rate,))
+
+
 def variants() -> list[Row]:
     """Returns the rows in which one constant is changed."""
     return [
@@ -133,8 +138,15 @@ ROWS = (
             rate_free.DOG_FIRST,
             rate_free.MOMO,
             rate_free.SCHEDULE_FREE,
+            rate_free.SCHEDULE_FREE_PLUS,
+            peers.ADEMAMIX,
+            peers.MUON,
+            peers.AURA,
         )
     ),
+    alone(peers.ALGOPERF, peers.ALGOPERF_RATE),
+    alone(rate_free.SCHEDULE_FREE_DEFAULTS, 0.0025),
+    alone(rate_free.SCHEDULE_FREE_PLUS_ALONE, 1.0),
     LALERG,
     Row(peers.ADAMS_RULE, "ablation", final=seen),
     Row(peers.NO_SEARCH, "ablation", final=seen),
@@ -253,6 +265,7 @@ def main() -> None:
             for task in options.tasks
             for row in ROWS
             if row is ADAMW or (row.group in options.only and task in row.tasks)
+            if row.peer.is_there
         ]
         if options.quick:
             jobs = [j for j in jobs if j[0] in QUICK_TASKS and j[1].name in QUICK_ROWS]

@@ -5,6 +5,8 @@ rate themselves stand in ``rate_free.py``, the methods that ``methods.py`` prote
 ``recipes.py``.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,9 +30,9 @@ def linear(rate: Any, num_steps: int) -> optax.Schedule:
     return optax.linear_schedule(rate, 0.0, num_steps)
 
 
-def warmup_cosine(rate: Any, num_steps: int) -> optax.Schedule:
-    """Returns a cosine decay after a warm-up of a tenth of the run."""
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, num_steps // 10, num_steps)
+def warmup_cosine(rate: Any, num_steps: int, part: int = 10) -> optax.Schedule:
+    """Returns a cosine decay after a warm-up of a part of the run, usually a tenth."""
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, num_steps // part, num_steps)
     return lambda count: rate * shape(count)
 
 
@@ -53,6 +55,7 @@ class Peer(NamedTuple):
         swept.
       eval_params: (state, params) to the params to evaluate.
       is_own: whether it is of this library.
+      package: what has to be installed for it, besides what all need.
     """
 
     name: str
@@ -62,6 +65,12 @@ class Peer(NamedTuple):
     schedule: Callable[[Any, int], Any] = linear
     eval_params: Callable[[PyTree, PyTree], PyTree] = lambda state, params: params
     is_own: bool = False
+    package: str = ""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether what it needs is installed."""
+        return not self.package or importlib.util.find_spec(self.package) is not None
 
     def at(self, rate: Any, num_steps: int) -> Any:
         """Returns the transformation where the rate is swept."""
@@ -257,6 +266,94 @@ PLATEAU = Peer(
     sweep_note="factor and patience of Optax's example, with means of a fortieth of "
     "the run",
     schedule=as_it_is,
+)
+
+# Other methods, at a rate that has to be tuned, or at the one that is recommended
+
+# mlcommons/algorithmic-efficiency,
+# algorithms/baselines/self_tuning/jax_nadamw_full_budget.py, HPARAMS; without its
+# dropout, which is the model's, and with Optax's bias correction at the first steps
+ALGOPERF_RATE = 0.0017486387539278373
+ALGOPERF = Peer(
+    "nadamw, AlgoPerf's setting",
+    of(
+        optax.nadamw,
+        b1=1.0 - 0.06733926164,
+        b2=0.9955159689799007,
+        weight_decay=0.08121616522670176,
+    ),
+    sweep_note="`optax.nadamw` as AlgoPerf's baseline without tuning has it: rate "
+    "0.00175, b1 = 0.933, b2 = 0.9955, weight decay 0.0812, 2 % of warm-up, cosine "
+    "decay. One rate, so three runs a task",
+    schedule=partial(warmup_cosine, part=50),
+)
+
+
+def slow_decay(b1: float, b3: float, num_steps: int) -> optax.Schedule:
+    """Returns AdEMAMix's decay of the slow average: its half-life grows linearly."""
+
+    def schedule(count: Any) -> Any:
+        progress = jnp.minimum(count / num_steps, 1.0)
+        slowness = (1.0 - progress) / jnp.log(b1) + progress / jnp.log(b3)
+        return jnp.exp(1.0 / slowness)
+
+    return schedule
+
+
+ADEMAMIX = Peer(
+    "ademamix",
+    lambda rate, n: optax.contrib.ademamix(
+        rate,
+        b3=slow_decay(0.9, 0.999, n),
+        alpha=optax.linear_schedule(0.0, 5.0, n),
+        weight_decay=WEIGHT_DECAY,
+    ),
+    sweep_note="linear decay; alpha to 5 and b3 to 0.999, which Optax names for short "
+    "runs, grow over the run as its authors have it",
+)
+
+
+def matrices_of(params: PyTree) -> PyTree:
+    """Returns which axes of a leaf of Flax's are a matrix, for Muon.
+
+    Those of two axes, as in Optax, but for biases; and the kernels of attention, where
+    the axis that is split into heads counts as one.
+    """
+
+    def axes_of(path: Any, leaf: Any) -> Any:
+        names = [getattr(entry, "key", None) for entry in path]
+        if "bias" in names or leaf.ndim not in (2, 3):
+            return None
+        if leaf.ndim == 2:
+            return optax.contrib.MuonDimensionNumbers(0, 1)
+        if "out" in names:
+            return optax.contrib.MuonDimensionNumbers((0, 1), 2)
+        return optax.contrib.MuonDimensionNumbers(0, (1, 2))
+
+    return jax.tree_util.tree_map_with_path(axes_of, params)
+
+
+MUON = Peer(
+    "muon",
+    of(
+        optax.contrib.muon,
+        weight_decay=WEIGHT_DECAY,
+        adam_weight_decay=WEIGHT_DECAY,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=matrices_of,
+    ),
+    sweep_note="`optax.contrib.muon`, linear decay: Muon for all matrices, those of "
+    "attention too, NAdam for the rest, at one rate, with the scale of Adam "
+    "(`consistent_rms=0.2`) that its docstring recommends for that",
+)
+AURA = Peer(
+    "adam_aura",
+    lambda rate, n: importlib.import_module("aura_optax").adam_aura(
+        rate, weight_decay=WEIGHT_DECAY
+    ),
+    sweep_note="`aura_optax.adam_aura`: Adam with a multiplier of each parameter that "
+    "follows how far consecutive updates agree; linear decay",
+    package="aura_optax",
 )
 
 # This library
