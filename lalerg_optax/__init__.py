@@ -7,7 +7,9 @@ from ._adapters import tracks_params as tracks_params
 from ._adapters import without_value as without_value
 from ._adopt import adopt as adopt
 from ._apply import apply_updates as apply_updates
+from ._apply import eval_params as eval_params
 from ._apply import healthy_params as healthy_params
+from ._average import Average as Average
 from ._carry import Carrier as Carrier
 from ._carry import carry_value as carry_value
 from ._carry import value_from_gradient as value_from_gradient

@@ -20,6 +20,7 @@ from ._scalars import pack, unpack
 _COUNT = (jax.tree_util.GetAttrKey("count"),)
 # states that may lack a counterpart on the other side: initialized, or dropped
 _OPTIONAL = (ErrorRegulateState, ScaleByMacroRateState, optax.ScaleByScheduleState)
+_OF_REGULATOR = ("scalars", "history", "anchor", "average")
 _ADVICE = (
     "adopt goes between optimizers with the same moments: protect the old one as it "
     "is, error_regulate(old_optimizer), or start again with tx.init(params)."
@@ -279,10 +280,9 @@ def _same(new: Any, old: Any) -> Any:
 def _regulated(new: ErrorRegulateState, old: Any) -> ErrorRegulateState:
     """Returns a regulator that does not treat the run as a new one."""
     if old is not None:
+        pairs = {n: (getattr(new, n), getattr(old, n)) for n in _OF_REGULATOR}
         new = new._replace(
-            scalars=_same(new.scalars, old.scalars),
-            history=_same(new.history, old.history),
-            anchor=_same(new.anchor, old.anchor),
+            **{n: _same(a, b) for n, (a, b) in pairs.items() if not (a is None or b is None)}
         )
     known = unpack(RegulatorScalars, new.scalars)
     passed = jnp.maximum(known.num_audits_passed, 1)

@@ -1,4 +1,4 @@
-"""Params from the state: updates applied, exact on a revert, and healthy ones."""
+"""Params from the state: updates applied, exact on a revert, healthy, averaged."""
 
 import functools
 from typing import Any, TypeVar
@@ -105,5 +105,67 @@ def healthy_params(params: Params, opt_state: optax.OptState) -> Params:
         home = _home(state, params, jnp.ones((), jnp.bool_))
         params = _map(
             lambda a, p: p if is_masked(a) else a.astype(p.dtype), home, params
+        )
+    return params
+
+
+def eval_params(opt_state: optax.OptState, params: Params) -> Params:
+    r"""Returns the average of the params of late, for evaluation.
+
+    Call it with the state of `lalerg` or `error_regulate` with ``average=True``. At a
+    rate that does not fall to zero, params keep wandering around the place that they
+    lead to; their average is there. Training goes on from ``params``, not from the
+    average, so it may be read at any step, and the length of the run need not be known.
+
+    The average of :math:`n` points is that of their last ninth or so: with :math:`k =
+    8` the weight of point :math:`i` is in proportion to :math:`i^k`. A point is taken
+    at every fourth accepted step, where nothing speaks against the params: not while
+    losses are high, and never from params that are then taken back at once.
+
+    Statistics of batch norm belong to ``params``. For the average compute them anew:
+    some forward passes in training mode over training data.
+
+    Args:
+      opt_state: the state of the optimizer. Regulators are found in it at any depth.
+      params: the current params, a tree; those without an average are returned as they
+        are. With Flax NNX, ``nnx.state(model, nnx.Param)``. The order of the arguments
+        is that of ``optax.contrib.schedule_free_eval_params``.
+
+    Returns:
+      A tree with the shapes and dtypes of the params.
+
+    Raises:
+      ValueError: if there is no average in the state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx = lo.error_regulate(optax.sgd(0.75), average=True)
+      >>> params = jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(40):  # params jump over the optimum, which is at 0
+      ...     updates, state = tx.update(2.66 * params, state, params, value=1.0)
+      ...     params = lo.apply_updates(params, updates, state)
+      >>> bool(jnp.all(abs(lo.eval_params(state, params)) < abs(params)))
+      True
+
+    References:
+      The weights are those of `Shamir and Zhang <https://arxiv.org/abs/1212.1824>`_,
+      2013; :math:`k = 8` is that of `DoG <https://arxiv.org/abs/2302.12022>`_, 2023.
+    """
+    found = [
+        state.average.points
+        for state in find_states(opt_state, ErrorRegulateState).values()
+        if state.average is not None
+    ]
+    if not found:
+        raise ValueError(
+            "opt_state has no average in it: make the optimizer with average=True. "
+            "The order is eval_params(opt_state, params)."
+        )
+    for points in found:
+        params = _map(
+            lambda a, p: p if is_masked(a) else a.astype(p.dtype),
+            as_params(points, params),
+            params,
         )
     return params

@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from ._anchor import look_back, move
+from ._average import Average, with_point
 from ._judge_rule import JudgeRule
 from ._mapped import mapped_axes, spread
 from ._numbers import LARGEST
@@ -175,11 +176,13 @@ def look_and_move(
     params: optax.Params,
     grads: optax.Updates,
     grad_norm: jax.Array,
+    average: Average | None,
+    is_point: jax.Array,
     *,
     audit: bool,
     axis_name: str | tuple[str, ...] | None,
-) -> tuple[optax.Params, Look]:
-    """Looks back at the anchor and moves it to the params, if due.
+) -> tuple[optax.Params, Look, Average | None]:
+    """Looks back at the anchor and moves it, and adds to the average, if due.
 
     This is the only conditional of a step, because an accelerator has to wait for the
     predicate. The updates depend on its result: so the copy precedes the in-place write
@@ -198,11 +201,13 @@ def look_and_move(
       params: the params.
       grads: the gradient.
       grad_norm: its norm.
+      average: of the params, if one is kept.
+      is_point: whether the params are added to it, bool scalar.
       audit: whether to look back.
       axis_name: mapped axes to average over.
     """
 
-    def look_now() -> tuple[optax.Params, Scalars]:
+    def look_now() -> tuple[optax.Params, Average | None, Scalars]:
         look = Look(is_moved=readiness > 0)
         if audit:
             is_seen, alignment, length, reach = look_back(
@@ -240,15 +245,28 @@ def look_and_move(
         # leaves, in the kernel of each.
         report = spread(pack(look), axes)
         moved = move(read(Look, report, "is_moved"), anchor, params)
-        return spread(moved, axes), report
+        return spread(moved, axes), added(is_point), report
 
-    def keep() -> tuple[optax.Params, Scalars]:
+    def add() -> tuple[optax.Params, Average | None, Scalars]:
+        return spread(anchor, axes), added(True), kept_looks()
+
+    def keep() -> tuple[optax.Params, Average | None, Scalars]:
+        return spread(anchor, axes), spread(average, axes), kept_looks()
+
+    def added(is_point: jax.typing.ArrayLike) -> Average | None:
+        if average is None:
+            return None
+        return spread(with_point(is_point, average, params), axes)
+
+    def kept_looks() -> Scalars:
         looks = {name: getattr(last, name) for name in LOOKS} if audit else {}
-        return spread(anchor, axes), spread(pack(Look(**looks)), axes)
+        return spread(pack(Look(**looks)), axes)
 
     # under shard_map both have to differ over the same axes
-    axes = mapped_axes((params, grads, grad_norm, is_due, last))
-    # The branch that passes a buffer through has to be the false one: as the true
-    # one it costs a copy (https://github.com/jax-ml/jax/issues/39449).
-    moved, report = lax.cond(is_due, look_now, keep)
-    return moved, unpack(Look, report)
+    axes = mapped_axes((params, grads, grad_norm, is_due, last, average))
+    # The branch that passes a buffer through has to be the first one: as the last one it
+    # costs a copy (https://github.com/jax-ml/jax/issues/39449).
+    branches = [keep, look_now] if average is None else [keep, add, look_now]
+    index = jnp.where(is_due, len(branches) - 1, jnp.asarray(is_point, jnp.int32))
+    moved, average, report = lax.switch(index, branches)
+    return moved, unpack(Look, report), average

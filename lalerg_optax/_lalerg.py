@@ -28,6 +28,7 @@ def lalerg(
     search: bool = True,
     threshold: jax.typing.ArrayLike = 6.0,
     anchor_every: jax.typing.ArrayLike = 32,
+    average: bool = False,
     local: bool = False,
     anchor_dtype: jax.typing.DTypeLike | None = None,
     anchor_memory: str = "device",
@@ -52,6 +53,7 @@ def lalerg(
       search: whether to search for the rate, up and down; if False, it is the user's.
       threshold: see `error_regulate`, as all that follow.
       anchor_every: accepted steps between two anchors.
+      average: whether to keep an average of the params, for `eval_params`.
       local: whether `metrics` reports the effect of a step on each leaf.
       anchor_dtype: of the copy of the params; ``"bfloat16"`` halves it.
       anchor_memory: where the copy is, ``"device"`` or ``"pinned_host"``.
@@ -117,6 +119,7 @@ def lalerg(
         anchor_memory=anchor_memory,
         clip_norm=clip_norm,
         audit=search,
+        average=average,
         local=local,
         axis_name=axis_name,
     )

@@ -9,6 +9,7 @@ import optax
 from ._accumulate import AccumulateState
 from ._adapters import TracksParamsState
 from ._anchor import as_params, is_masked
+from ._average import Average
 from ._history import LossHistory
 from ._local import LocalView, expect_nothing
 from ._macro import ScaleByMacroRateState
@@ -49,7 +50,7 @@ def rebase(params: optax.Params, opt_state: optax.OptState) -> optax.OptState:
     Without it the next losses are compared with those before, and params that were
     changed may be taken back to the anchor within a few steps.
 
-    The anchor is set to ``params``, losses and gradient norms of before are forgotten,
+    Anchor and average are set to ``params``, losses and gradient norms of before are forgotten,
     and nothing is in doubt. Kept are the rate that was found, the damping, all
     counters, and the state of the inner transformation: reset the moments of a layer
     yourself where that matters (after the scale of the loss has grown, Adam's next
@@ -110,6 +111,7 @@ def rebase(params: optax.Params, opt_state: optax.OptState) -> optax.OptState:
             **_local(node),
         )._replace(
             anchor=_anchored(node.anchor, params),
+            average=_begun_again(node.average, params),
             inner_state=_everywhere(anew, node.inner_state),
         )
 
@@ -124,6 +126,15 @@ def _local(state: ErrorRegulateState) -> dict[str, LocalView]:
     if state.local is None:
         return {}
     return {"local": expect_nothing(LocalView(*jax.tree.leaves(state.local)))}
+
+
+def _begun_again(average: Average | None, params: optax.Params) -> Average | None:
+    """Returns an average, if there is one, which begins at the params."""
+    if average is None:
+        return None
+    none = jnp.zeros_like(_leaf(average.num_points))
+    begun = _with(average, num_points=none)
+    return begun._replace(points=_anchored(average.points, params))
 
 
 def _everywhere(anew: Any, state: Any) -> Any:

@@ -12,6 +12,7 @@ from jax import lax
 from ._act import act, admitted, scale_of
 from ._anchor import check_anchor_dtype, check_anchor_memory, copy_params
 from ._assess import assess
+from ._average import Average, init_average, is_point
 from ._audit import due, look_and_move
 from ._checks import (
     MISSING,
@@ -53,6 +54,7 @@ class ErrorRegulateState(NamedTuple):
       anchor: the params that a revert goes back to, a tree like the params.
       inner_state: the state of the wrapped transformation.
       local: the effect of the last step on each leaf; None without ``local=True``.
+      average: that of the params of late; None without ``average=True``.
 
     Example:
       >>> import jax.numpy as jnp, optax, lalerg_optax as lo
@@ -73,6 +75,7 @@ class ErrorRegulateState(NamedTuple):
     anchor: optax.Params
     inner_state: optax.OptState
     local: LocalView | None = None
+    average: Average | None = None
 
     def __getattr__(self, name: str) -> jax.Array:
         return read(RegulatorScalars, self.scalars, present_name(name))
@@ -105,6 +108,7 @@ def error_regulate(
     recovery_steps: jax.typing.ArrayLike = 64,
     clip_norm: jax.typing.ArrayLike | None = None,
     audit: bool = False,
+    average: bool = False,
     local: bool = False,
     anchor_dtype: jax.typing.DTypeLike | None = None,
     anchor_memory: str = "device",
@@ -122,6 +126,7 @@ def error_regulate(
       recovery_steps: accepted steps in which one cut is made good, above 0.
       clip_norm: if given, gradients are scaled down to this global norm, above 0.
       audit: whether to look back at the anchor, for a macro level in ``inner``.
+      average: whether to keep an average of the params, for `eval_params`.
       local: whether `metrics` also reports the effect of a step on each leaf.
       anchor_dtype: dtype of the anchor of real params, with the range of float32.
       anchor_memory: of the anchor: ``"device"`` or ``"pinned_host"``.
@@ -204,6 +209,7 @@ def error_regulate(
             anchor=copy_params(params, anchor_dtype, anchor_memory),
             inner_state=inner_state,
             local=init_local(params) if local else None,
+            average=init_average(params) if average else None,
         )
 
     def update_fn(
@@ -237,12 +243,14 @@ def error_regulate(
         # a longer way shows more
         weights = seen.weight * last.anchor_age, seen.bound
         way_back = state.anchor, params, updates, grad_norm
-        anchor, look = look_and_move(
+        anchor, look, averaged = look_and_move(
             *when,
             is_started,
             *weights,
             last,
             *way_back,
+            state.average,
+            is_point(last, decision) & average,
             audit=audit,
             axis_name=axis_name,
         )
@@ -278,6 +286,7 @@ def error_regulate(
             anchor=anchor,
             inner_state=inner_state,
             local=view,
+            average=averaged,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
