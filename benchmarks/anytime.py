@@ -37,6 +37,7 @@ from train import PLAIN, full_loss, grid, keys_at, on_batch, stepping
 import lalerg_optax as lo
 
 PyTree = Any
+Readout = dict[str, Callable[[PyTree, PyTree], PyTree]]
 STOPS = (100, 400, 1_000, 4_000, 16_000)
 MOST, QUICK_MOST = 4_000, 400
 FURTHER = (  # cheap ones, to the last stopping point
@@ -66,10 +67,8 @@ class Row(NamedTuple):
 
     peer: Peer
     group: str
+    read: Readout
     is_told: bool = False
-    read: dict[str, Callable[[PyTree, PyTree], PyTree]] = {
-        LAST: lambda state, params: params
-    }
 
     @property
     def is_tuned(self) -> bool:
@@ -77,11 +76,13 @@ class Row(NamedTuple):
         return not self.peer.is_own
 
 
-BOTH = {LAST: lambda state, params: params, READ: lo.eval_params}
+JUST_LAST: Readout = {LAST: lambda state, params: params}
+BOTH = JUST_LAST | {READ: lo.eval_params}
 ROWS = (
     Row(
         peers.ADAMW._replace(name=TUNED, schedule=decaying),
         "peers",
+        JUST_LAST,
         is_told=True,
     ),
     Row(
@@ -91,17 +92,14 @@ ROWS = (
             schedule=peers.as_it_is,
         ),
         "peers",
-        read={
-            LAST: lambda state, params: params,
-            READ: lambda state, params: state.average,
-        },
+        JUST_LAST | {READ: lambda state, params: state.average},
     ),
     Row(
         peers.SCHEDULE_FREE._replace(
             make=lambda rate, n: peers.schedule_free(rate, WARMUP),
         ),
         "peers",
-        read={READ: peers.SCHEDULE_FREE.eval_params},
+        {READ: peers.SCHEDULE_FREE.eval_params},
     ),
     Row(
         Peer(
@@ -111,7 +109,7 @@ ROWS = (
             is_own=True,
         ),
         "lalerg",
-        read=BOTH,
+        BOTH,
     ),
     Row(
         Peer(
@@ -121,8 +119,8 @@ ROWS = (
             is_own=True,
         ),
         "told",
+        BOTH,
         is_told=True,
-        read=BOTH,
     ),
 )
 GROUPS = tuple(dict.fromkeys(row.group for row in ROWS))

@@ -280,10 +280,10 @@ def _same(new: Any, old: Any) -> Any:
 def _regulated(new: ErrorRegulateState, old: Any) -> ErrorRegulateState:
     """Returns a regulator that does not treat the run as a new one."""
     if old is not None:
-        pairs = {n: (getattr(new, n), getattr(old, n)) for n in _OF_REGULATOR}
-        new = new._replace(
-            **{n: _same(a, b) for n, (a, b) in pairs.items() if not (a is None or b is None)}
-        )
+        for name in _OF_REGULATOR:
+            pair = getattr(new, name), getattr(old, name)
+            if not any(part is None for part in pair):
+                new = new._replace(**{name: _same(*pair)})
     known = unpack(RegulatorScalars, new.scalars)
     passed = jnp.maximum(known.num_audits_passed, 1)
     return new._replace(scalars=pack(known._replace(num_audits_passed=passed)))

@@ -264,8 +264,8 @@ def look_and_move(
 
     # under shard_map both have to differ over the same axes
     axes = mapped_axes((params, grads, grad_norm, is_due, last, average))
-    # The branch that passes a buffer through has to be the first one: as the last one it
-    # costs a copy (https://github.com/jax-ml/jax/issues/39449).
+    # The branch that passes a buffer through has to be the first one: as the last one
+    # it costs a copy (https://github.com/jax-ml/jax/issues/39449).
     branches = [keep, look_now] if average is None else [keep, add, look_now]
     index = jnp.where(is_due, len(branches) - 1, jnp.asarray(is_point, jnp.int32))
     moved, average, report = lax.switch(index, branches)

@@ -50,11 +50,11 @@ def rebase(params: optax.Params, opt_state: optax.OptState) -> optax.OptState:
     Without it the next losses are compared with those before, and params that were
     changed may be taken back to the anchor within a few steps.
 
-    Anchor and average are set to ``params``, losses and gradient norms of before are forgotten,
-    and nothing is in doubt. Kept are the rate that was found, the damping, all
-    counters, and the state of the inner transformation: reset the moments of a layer
-    yourself where that matters (after the scale of the loss has grown, Adam's next
-    steps are as much larger). As at the start of a run, norms are judged from the
+    Anchor and average are set to ``params``, losses and gradient norms of before are
+    forgotten, and nothing is in doubt. Kept are the rate that was found, the damping,
+    all counters, and the state of the inner transformation: reset the moments of a
+    layer yourself where that matters (after the scale of the loss has grown, Adam's
+    next steps are as much larger). As at the start of a run, norms are judged from the
     second step on and losses from the 17th. A half group of `accumulate` is dropped.
     With Flax NNX::
 

@@ -12,8 +12,8 @@ from jax import lax
 from ._act import act, admitted, scale_of
 from ._anchor import check_anchor_dtype, check_anchor_memory, copy_params
 from ._assess import assess
-from ._average import Average, init_average, is_point
 from ._audit import due, look_and_move
+from ._average import Average, init_average, is_point
 from ._checks import (
     MISSING,
     as_arrays,
