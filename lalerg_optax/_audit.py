@@ -266,7 +266,8 @@ def look_and_move(
     axes = mapped_axes((params, grads, grad_norm, is_due, last, average))
     # The branch that passes a buffer through has to be the first one: as the last one
     # it costs a copy (https://github.com/jax-ml/jax/issues/39449).
-    branches = [keep, look_now] if average is None else [keep, add, look_now]
-    index = jnp.where(is_due, len(branches) - 1, jnp.asarray(is_point, jnp.int32))
+    branches, index = [keep, look_now], jnp.asarray(is_due, jnp.int32)
+    if average is not None:
+        branches, index = [keep, add, look_now], jnp.where(is_due, 2, is_point)
     moved, average, report = lax.switch(index, branches)
     return moved, unpack(Look, report), average

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._mapped import mapped_axes, spread
 from ._numbers import is_representable
 from ._records import Conduct, Decision, RegulatorScalars
 from ._scalars import count_if
@@ -49,7 +50,8 @@ def init_average(params: optax.Params) -> Average:
         # weights fall below the resolution of a narrow dtype
         return jnp.array(p, jnp.promote_types(jnp.result_type(p), jnp.float32))
 
-    return Average(jax.tree.map(copied, params), jnp.zeros((), jnp.int32))
+    none = spread(jnp.zeros((), jnp.int32), mapped_axes(params))
+    return Average(jax.tree.map(copied, params), none)
 
 
 def is_point(last: RegulatorScalars, decision: Decision) -> jax.Array:

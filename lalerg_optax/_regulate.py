@@ -243,16 +243,10 @@ def error_regulate(
         # a longer way shows more
         weights = seen.weight * last.anchor_age, seen.bound
         way_back = state.anchor, params, updates, grad_norm
+        points = state.average, is_point(last, decision)
+        how = {"audit": audit, "axis_name": axis_name}
         anchor, look, averaged = look_and_move(
-            *when,
-            is_started,
-            *weights,
-            last,
-            *way_back,
-            state.average,
-            is_point(last, decision) & average,
-            audit=audit,
-            axis_name=axis_name,
+            *when, is_started, *weights, last, *way_back, *points, **how
         )
         decision = overruled(decision, look.is_failed)
         scalars, history = learn(

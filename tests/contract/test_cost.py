@@ -23,6 +23,7 @@ STEPS = {
     "lalerg, bf16 params": (lo.lalerg(), optax.adamw(1e-3), "bfloat16"),
     "lalerg, no search": (lo.lalerg(search=False), optax.adamw(1e-3), "float32"),
     "lalerg, clipped": (lo.lalerg(clip_norm=1.0), optax.adamw(1e-3), "float32"),
+    "lalerg, average": (lo.lalerg(average=True), optax.adamw(1e-3), "float32"),
     "lalerg, Adam of another maker": (
         lo.lalerg(micro=optax.scale_by_adam()),
         optax.adamw(1e-3),
@@ -65,6 +66,7 @@ def temporaries(compiled):
     some(
         STEPS,
         *("lalerg", "lalerg, bf16 params", "lalerg, clipped", "lalerg, no search"),
+        "lalerg, average",
         *("error_regulate(adamw)", "error_regulate(adafactor)"),
     ),
 )

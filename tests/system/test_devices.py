@@ -35,7 +35,7 @@ from lalerg_optax import Verdict
 RTOL = 1e-4
 OPTIMIZERS = {
     "search from above": functools.partial(lo.lalerg, 1.0, clip_norm=1.0),
-    "search from below": functools.partial(lo.lalerg, 1e-5),
+    "search from below": functools.partial(lo.lalerg, 1e-5, average=True),
     "regulated adamw": lambda **kwargs: lo.error_regulate(optax.adamw(1e-3), **kwargs),
 }
 REPLICATED = P()

@@ -20,7 +20,7 @@ FLOORS = (
     "_numbers _scalars _verdict _checks _sums _history _find _mapped",
     # records, trees, windows
     "_judge_rule _search_rule _anchor _moments _windows _rise _gate _local _rate",
-    "_records",
+    "_records _average",
     # one step, in the order in which data flow
     "_assess _decide _audit _learn _act",
     # the two levels, and whatever else is inside
