@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peers
+import rate_free
 from anytime_tables import LAST, READ, TUNED, Results, draw, report
 from decades import start_losses
 from jax import lax
@@ -88,18 +90,20 @@ ROWS = (
     Row(
         Peer(
             "adamw, constant",
-            lambda rate, n: peers.averaged(peers.adamw(rate)),
+            lambda rate, n: rate_free.averaged(peers.adamw(rate)),
             schedule=peers.as_it_is,
         ),
         "peers",
         JUST_LAST | {READ: lambda state, params: state.average},
     ),
     Row(
-        peers.SCHEDULE_FREE._replace(
-            make=lambda rate, n: peers.schedule_free(rate, WARMUP),
+        rate_free.SCHEDULE_FREE._replace(
+            make=lambda rate, n: optax.contrib.schedule_free_adamw(
+                rate, warmup_steps=WARMUP, weight_decay=peers.WEIGHT_DECAY
+            )
         ),
         "peers",
-        {READ: peers.SCHEDULE_FREE.eval_params},
+        {READ: rate_free.SCHEDULE_FREE.eval_params},
     ),
     Row(
         Peer(
