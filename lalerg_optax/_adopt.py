@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ._accumulate import AccumulateState
+from ._checks import check_transformation
 from ._find import find_states
 from ._macro import ScaleByMacroRateState, with_rate_found
 from ._micro import ScaleByMicroRateState
@@ -17,6 +18,7 @@ from ._records import RegulatorScalars
 from ._regulate import ErrorRegulateState
 from ._scalars import pack, unpack
 
+_tree = jax.tree.structure
 _COUNT = (jax.tree_util.GetAttrKey("count"),)
 # states that may lack a counterpart on the other side: initialized, or dropped
 _OPTIONAL = (ErrorRegulateState, ScaleByMacroRateState, optax.ScaleByScheduleState)
@@ -32,9 +34,7 @@ def adopt(
 ) -> optax.OptState:
     r"""Returns a state of ``tx`` that continues where another optimizer is.
 
-    A run of ``optax.adamw`` becomes a protected one, and back:
-
-    ::
+    A run of ``optax.adamw`` becomes a protected one, and back::
 
         opt_state = adopt(lalerg(schedule, search=False), params, adamw_state)
         opt_state = adopt(error_regulate(optax.adamw(schedule)), params, adamw_state)
@@ -45,11 +45,13 @@ def adopt(
       params: the current params.
       opt_state: the current state of the previous optimizer; a checkpoint has to be
         restored into its own state first (``optax.adamw(...).init(params)``, say).
+        With Flax NNX, put both through ``nnx.as_pure``.
 
     Returns:
       A state with the tree, shapes and dtypes of ``tx.init(params)``.
 
     Raises:
+      TypeError: if ``tx`` is not a transformation.
       ValueError: if a state of either side has no counterpart on the other (``lalerg``
         has no place for the trace of momentum, say, unless it is its ``micro``), or
         if the shapes are those of other params.
@@ -104,6 +106,7 @@ def adopt(
 
     Can be jitted. Without ``jit``, the result shares buffers with ``opt_state``.
     """
+    check_transformation("tx", tx)
     state = _take_over(tx.init(params), opt_state)
     return _rated(tx.update, jax.tree.map(_with_rate, state, is_leaf=_is_regulator))
 
@@ -154,10 +157,6 @@ def _take_over(new: Any, old: Any) -> Any:
             f"the new optimizer has no place for {', '.join(lost)}. {_ADVICE}"
         )
     return taken
-
-
-def _tree(node: Any) -> Any:
-    return jax.tree.structure(node)
 
 
 def _shared(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +271,7 @@ def _same(new: Any, old: Any) -> Any:
     if _tree(new) != _tree(old):
         raise ValueError(
             "opt_state is that of other params: their trees differ. The order is "
-            "adopt(tx, params, opt_state)."
+            "adopt(tx, params, opt_state). With Flax NNX, put both through nnx.as_pure."
         )
     return jax.tree.map(_fit, new, old)
 

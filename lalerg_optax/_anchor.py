@@ -220,6 +220,7 @@ def _misfit(leaves: Any, others: Any) -> ValueError:
     return ValueError(
         f"params do not fit the state: it was made for {len(shapes[0])} leaves, "
         f"{shapes[0]}, and not for {len(shapes[1])}, {shapes[1]}. Params come first, "
-        "then the state; of states under vmap, call it under vmap. For other params "
-        "make a new state, tx.init(params)."
+        "then the state; of states under vmap, call it under vmap. With Flax NNX "
+        "params are nnx.state(model, nnx.Param). For other params make a new state, "
+        "tx.init(params)."
     )

@@ -5,6 +5,7 @@ of the update. Both are needed to tell the rate. Where a part is made in another
 the rate is not known, and nothing else depends on it.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -44,8 +45,13 @@ def enclosed(function: Any) -> dict[str, Any]:
 
 
 def _factors(update: Callable[..., Any], state: Any) -> list[Any]:
-    """Returns the factors that the links of a chain multiply updates by."""
+    """Returns the factors that the links of a chain multiply updates by.
+
+    None stands for what is frozen, whatever its rate.
+    """
     made_of = enclosed(update)
+    if getattr(update, "__qualname__", "").startswith("set_to_zero."):
+        return [None]
     if hasattr(made_of.get("tx"), "update"):  # a wrapper without a state
         return _factors(made_of["tx"].update, state)
     if isinstance(state, _INJECTED):  # the update computes the rate of its step
@@ -62,21 +68,43 @@ def _factors(update: Callable[..., Any], state: Any) -> list[Any]:
         return [made_of["step_size"]]
     if "transforms" in made_of and isinstance(state, optax.PartitionState):
         groups = [
-            _factors(tx.update, state.inner_states[name].inner_state)
+            _of_group(tx.update, state.inner_states[name].inner_state)
             for name, tx in made_of["transforms"].items()
             if name in state.inner_states
         ]
-        return _common([_product(factors) for factors in groups if factors])
+        return _common([rate for rates in groups for rate in rates])
     if hasattr(made_of.get("inner"), "update") and hasattr(state, "inner_state"):
         return _factors(made_of["inner"].update, state.inner_state)
     return []
 
 
-def _product(factors: list[Any]) -> jax.Array:
-    product = jnp.ones((), jnp.float32)
-    for factor in factors:
-        product = product * jnp.asarray(factor, jnp.float32)
-    return jnp.abs(product)
+def _of_group(update: Callable[..., Any], state: Any) -> list[jax.Array]:
+    """Returns the rate of a group: 1 without any, and nothing if it is frozen."""
+    factors = _factors(update, state)
+    if factors and all(factor is None for factor in factors):
+        return []
+    return _product(factors, state) or [jnp.ones((), jnp.float32)]
+
+
+def _product(factors: list[Any], state: Any) -> list[jax.Array]:
+    """Returns the product of all factors, which may be unknown; nothing without any."""
+    factors = [f for f in factors if f is not None and jnp.ndim(f) == 0]
+    rates = [f for f in factors if isinstance(f, jax.Array) or abs(f) != 1.0]
+    if not factors:
+        return []
+    if len(rates) > 1 and _has_masks(state):
+        return [jnp.full((), UNKNOWN, jnp.float32)]
+    values = [jnp.asarray(factor, jnp.float32) for factor in factors]
+    is_known = jnp.stack([value != UNKNOWN for value in values]).all()
+    product = jnp.abs(functools.reduce(jnp.multiply, values))
+    return [jnp.where(is_known & jnp.isfinite(product), product, UNKNOWN)]
+
+
+def _has_masks(state: Any) -> bool:
+    """Returns whether anything is masked, apart from the groups of a partition."""
+    kinds = (optax.MaskedState, optax.PartitionState)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    return any(isinstance(node, optax.MaskedState) for node in nodes)
 
 
 def _common(rates: list[jax.Array]) -> list[jax.Array]:
@@ -98,12 +126,7 @@ def learning_rate(tx: Any, state: Any) -> jax.Array:
     if any(find_states(state, kind) for kind in OWN_RATE):
         return unknown
     try:
-        factors = [f for f in _factors(tx.update, state) if jnp.ndim(f) == 0]
+        rates = _product(_factors(tx.update, state), state)
     except Exception:  # a schedule that cannot be traced, say
         return unknown
-    rates = [f for f in factors if isinstance(f, jax.Array) or abs(f) != 1.0]
-    if not factors or (len(rates) > 1 and find_states(state, optax.MaskedState)):
-        return unknown
-    is_known = jnp.stack([jnp.asarray(f) != UNKNOWN for f in factors]).all()
-    product = _product(factors)
-    return jnp.where(is_known & jnp.isfinite(product), product, UNKNOWN)
+    return rates[0] if rates else unknown

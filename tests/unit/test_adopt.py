@@ -446,3 +446,30 @@ def test_a_state_of_other_params_is_an_error(tx, other):
     state = PLAIN["adam"].init(other)
     with pytest.raises(ValueError, match="is that of other params"):
         lo.adopt(tx, init_params(), state)
+
+
+def test_what_is_no_transformation_is_an_error():
+    with pytest.raises(TypeError, match="tx must be an Optax gradient transformation"):
+        lo.adopt(init_params(), optax.sgd(0.1), optax.EmptyState())
+
+
+@pytest.mark.slow  # the docs do the same
+def test_an_optimizer_of_nnx_goes_on_as_it_would_have():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    plain = nnx.Optimizer(model, optax.adamw(0.1), wrt=nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    for _ in range(3):
+        plain.update(model, grads)
+    tx = lo.error_regulate(optax.adamw(0.1))
+    with pytest.raises(ValueError, match="With Flax NNX, put both through nnx.as_pure"):
+        lo.adopt(tx, nnx.state(model, nnx.Param), plain.opt_state)
+
+    protected = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    params, state = nnx.as_pure((nnx.state(model, nnx.Param), plain.opt_state))
+    nnx.update(protected.opt_state, nnx.state(lo.adopt(tx, params, state)))
+    expected = nnx.clone(model)
+    plain.update(expected, grads)
+    protected.update(model, grads, value=1.0)
+    assert int(protected.opt_state.inner_state[0].count[...]) == 4
+    np.testing.assert_allclose(model.kernel[...], expected.kernel[...], rtol=1e-6)

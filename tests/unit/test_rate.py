@@ -87,6 +87,21 @@ def test_the_rate_before_the_first_step_is_that_of_the_first():
         optax.partition(
             {"a": optax.adam(0.1), "b": optax.adam(0.2)}, {"bias": "a", "kernel": "b"}
         ),
+        optax.partition(
+            {"a": optax.adam(0.1), "b": optax.scale_by_adam()},
+            {"bias": "a", "kernel": "b"},
+        ),
+        optax.partition(
+            {
+                "a": optax.chain(
+                    optax.adam(0.1),
+                    optax.masked(
+                        optax.scale(10.0), lambda p: {"bias": True, "kernel": False}
+                    ),
+                )
+            },
+            {"bias": "a", "kernel": "a"},
+        ),
         optax.scale_by_adam(),
         contrib.prodigy(),
         contrib.schedule_free_adamw(0.1),
@@ -101,6 +116,8 @@ def test_the_rate_before_the_first_step_is_that_of_the_first():
     ],
     ids=[
         "groups with two",
+        "a group without",
+        "masks in a group",
         "no rate",
         "prodigy",
         "schedule-free",
@@ -112,6 +129,26 @@ def test_the_rate_before_the_first_step_is_that_of_the_first():
 def test_a_rate_that_is_not_known_is_not_guessed(inner):
     tx = optax.with_extra_args_support(inner)
     assert learning_rate(tx, tx.init(PARAMS)) == np.float32(UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    "micro",
+    [
+        contrib.muon(1.0),
+        optax.partition(
+            {"a": optax.scale_by_lion(), "b": optax.scale_by_adam()},
+            {"bias": "a", "kernel": "b"},
+        ),
+        optax.partition(
+            {"a": optax.adam(1.0), "b": optax.set_to_zero()},
+            {"bias": "a", "kernel": "b"},
+        ),
+    ],
+    ids=["muon", "rules", "frozen"],
+)
+def test_groups_with_one_rate_are_multiplied_by_that_of_all(micro):
+    tx = lo.lalerg(SCHEDULE, micro=micro, search=False)
+    np.testing.assert_allclose(rates_of(tx), RATES, rtol=1e-5)
 
 
 def test_metrics_say_that_it_is_not_known():

@@ -182,6 +182,8 @@ def test_the_state_of_nnx_is_rebased():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, lo.lalerg(1e-3), wrt=nnx.Param)
     model.kernel[...] = jnp.full((2, 3), 9.0)
+    with pytest.raises(ValueError, match=r"NNX params are nnx.state\(model, nnx.Param"):
+        lo.rebase(model, optimizer.opt_state)
     params = nnx.state(model, nnx.Param)
     optimizer.opt_state = lo.rebase(params, optimizer.opt_state)
     anchor = optimizer.opt_state.anchor
