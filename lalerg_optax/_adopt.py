@@ -18,7 +18,7 @@ from ._records import RegulatorScalars
 from ._regulate import ErrorRegulateState
 from ._scalars import pack, unpack
 
-_tree = jax.tree.structure
+_tree: Any = jax.tree.structure
 _COUNT = (jax.tree_util.GetAttrKey("count"),)
 # states that may lack a counterpart on the other side: initialized, or dropped
 _OPTIONAL = (ErrorRegulateState, ScaleByMacroRateState, optax.ScaleByScheduleState)
