@@ -47,7 +47,8 @@ def apply_updates(
       updates: what ``update`` returned, a tree like the params.
       opt_state: the state that the *same* call of ``update`` returned. Regulators
         are found in it at any depth; one inside ``optax.masked`` or
-        ``optax.partition`` decides for its own parameters.
+        ``optax.partition`` decides for its own parameters. Of states under ``vmap``,
+        with the axes of the members in front, each decides for its own member.
 
     Returns:
       The new params, with the shapes and dtypes of the old ones.
@@ -70,9 +71,12 @@ def apply_updates(
         def select(a: Any, p: Any, pred: jax.Array = is_reverted) -> Any:
             if is_masked(a):
                 return p
-            return jnp.where(pred | ~is_representable(p), a, p).astype(p.dtype)
+            # states made under vmap have their axes in front
+            axes = range(pred.ndim, p.ndim) if pred.ndim else ()
+            own = jnp.expand_dims(pred, axes)
+            return jnp.where(own | ~is_representable(p), a, p).astype(p.dtype)
 
-        params = _map(select, _home(state, params, is_reverted), params)
+        params = _map(select, _home(state, params, is_reverted.any()), params)
     return params
 
 

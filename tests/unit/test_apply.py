@@ -10,6 +10,8 @@ from helpers.judged import BAD
 
 import lalerg_optax as lo
 from lalerg_optax import Verdict
+from lalerg_optax._records import RegulatorScalars
+from lalerg_optax._scalars import pack, unpack
 
 
 def all_finite(tree):
@@ -69,3 +71,23 @@ def test_revert_is_exact(dtype, blow_up):
     if not isinstance(blow_up, str):
         trail = rejected(lambda p, u, _: optax.apply_updates(p, u))
         chex.assert_trees_all_equal(trail[2], anchor)
+
+
+def test_members_made_under_vmap_go_back_alone_outside_of_it():
+    """Two members, and two entries in the last axis: a verdict is no column's."""
+    tx = lo.error_regulate(optax.sgd(0.1))
+    good = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "b": jnp.array([5.0, 6.0])}
+
+    def decided(member, verdict):
+        state = tx.init(member)
+        known = unpack(RegulatorScalars, state.scalars)
+        return state._replace(scalars=pack(known._replace(verdict=verdict)))
+
+    state = jax.vmap(decided)(good, jnp.array([Verdict.ACCEPT, Verdict.REVERT]))
+    params = jax.tree.map(lambda p: p + 1.0, good)
+    updates = jax.tree.map(jnp.zeros_like, good)
+    healed = lo.apply_updates(params, updates, state)
+    assert healed["w"].tolist() == [[2.0, 3.0], [3.0, 4.0]]
+    assert healed["b"].tolist() == [6.0, 6.0]
+    expected = jax.vmap(lo.apply_updates)(params, updates, state)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, healed, expected))
