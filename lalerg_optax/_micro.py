@@ -144,8 +144,10 @@ def scale_by_micro_rate(
     )
 
     def initial(p: jax.Array) -> jax.Array:
-        like = jnp.zeros((), p.real.dtype) if per_tensor else p.real
-        return jnp.full_like(like, initial_scale, wide(like))
+        dtype = wide(jnp.finfo(p.dtype))  # a real one
+        if per_tensor:
+            return jnp.full((), initial_scale, dtype)
+        return jnp.full_like(p, initial_scale, dtype)
 
     def init_fn(params: optax.Params) -> ScaleByMicroRateState:
         return ScaleByMicroRateState(

@@ -9,7 +9,7 @@ UNKNOWN = -LARGEST  # a rate that nobody knows: numbers in a state are finite
 SMALLEST = 1e-30  # added to divisors and bounds, or their lower limit
 
 
-def wide(x: jax.Array) -> jnp.dtype:
+def wide(x: jax.Array | jnp.finfo) -> jnp.dtype:
     """Returns the dtype to compute in: a decay of 0.999 is lost in bfloat16."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
