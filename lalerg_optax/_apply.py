@@ -123,7 +123,7 @@ def eval_params(opt_state: optax.OptState, params: Params) -> Params:
 
     The average of :math:`n` points is that of their last ninth or so: with :math:`k =
     8` the weight of point :math:`i` is in proportion to :math:`i^k`. A point is taken
-    at every fourth accepted step, where nothing speaks against the params: not while
+    at every fifth accepted step, where nothing speaks against the params: not while
     losses are high, and never from params that are then taken back at once.
 
     Statistics of batch norm belong to ``params``. For the average compute them anew:

@@ -21,11 +21,12 @@ class AverageRule(NamedTuple):
     Attributes:
       exponent: the weight of a point grows with this power of its number; its own in
         https://arxiv.org/abs/1212.1824 and in DoG, https://arxiv.org/abs/2302.12022.
-      every: accepted steps between two points: a step in between costs nothing.
+      every: accepted steps between two points: a step in between costs nothing. Odd,
+        so that an oscillation averages out.
     """
 
     exponent: float = 8.0
-    every: int = 4
+    every: int = 5
 
 
 RULE = AverageRule()

@@ -146,7 +146,8 @@ def _steer(
         power = room / _log2(rule.slow_growth_factor)
         power = jnp.clip(power, -rule.steer_down, rule.steer_up)
         # with no progress left to make, the loss does not rise either
-        power = jnp.where(loss.is_flat, jnp.minimum(power, 0.0), power)
+        most = jnp.where(rule.anneal, rule.annealed_floor, 0.0)
+        power = jnp.where(loss.is_flat, jnp.minimum(power, most), power)
     # the start of a run that was adopted is unknown
     is_blind = (state.num_audits == 0) | (state.best_alignment >= 1.0)
     power = jnp.where(is_blind, by_loss, power)

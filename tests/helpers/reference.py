@@ -437,7 +437,8 @@ class MacroRate:
             power = min(max(power, -1.0), 1.0)
         else:
             power = self.room / math.log2(self.slow_growth_factor)
-            power = min(max(power, -4.0), 0.0 if self.is_flat else 0.5)
+            most = (-0.5 if self.anneal else 0.0) if self.is_flat else 0.5
+            power = min(max(power, -4.0), most)
         weight = min(1.0, 4.0 * self.share)
         self.scale(self.slow_growth_factor ** (weight * power))
 

@@ -51,13 +51,13 @@ def weighted(points, exponent=8):
     [lo.error_regulate(optax.sgd(0.01), average=True), lo.lalerg(0.01, average=True)],
     ids=["error_regulate", "lalerg"],
 )
-def test_every_fourth_step_is_a_point_and_its_weight_a_power_of_its_number(tx):
+def test_every_fifth_step_is_a_point_and_its_weight_a_power_of_its_number(tx):
     seen, states = run(tx, 70)
     counts = [int(state.num_accepted) for state in states]  # a start may fail
     steps = zip(seen[:-1], counts[:-1], counts[1:], strict=True)
-    points = [p for p, n, after in steps if n % 4 == 0 and after > n]
+    points = [p for p, n, after in steps if n % 5 == 0 and after > n]
     average = states[-1].average
-    assert average.num_points == len(points) == 1 + (counts[-1] - 1) // 4
+    assert average.num_points == len(points) == 1 + (counts[-1] - 1) // 5
     for name in PARAMS:
         expected = weighted([p[name] for p in points])
         np.testing.assert_allclose(average.points[name], expected, rtol=2e-6)
@@ -89,7 +89,7 @@ def test_params_in_doubt_are_no_points(told):
     scale_at = [1.0] * 60 + [told, told]
     _, states = run(tx, 62, scale_at=lambda i: scale_at[i])
     before = states[60].average
-    assert states[60].num_accepted % 4 == 0  # the next one would be a point
+    assert states[60].num_accepted % 5 == 0  # the next one would be a point
     assert states[61].verdict in (lo.Verdict.SKIP, lo.Verdict.BOUND)
     for state in states[61:]:
         chex.assert_trees_all_equal(state.average, before)
@@ -127,6 +127,21 @@ def test_noise_averages_out():
     assert jnp.mean(averaged) < 0.12 * jnp.mean(last)
 
 
+def test_an_oscillation_averages_out():
+    """Points that are an even number of steps apart would all be on one side."""
+    tx = lo.error_regulate(optax.sgd(1.0), average=True)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(1.999 * params, state, params, value=1.0)
+        return (lo.apply_updates(params, updates, state), state), None
+
+    start = jnp.array([1.0, -2.0])
+    carry, _ = jax.lax.scan(step, (start, tx.init(start)), None, 500)
+    params, state = carry
+    assert jnp.all(jnp.abs(lo.eval_params(state, params)) < 0.1 * jnp.abs(params))
+
+
 def test_params_of_others_are_returned_as_they_are():
     label = {"a": "own", "b": "other"}
     own = lo.error_regulate(optax.sgd(0.01), average=True)
@@ -138,7 +153,7 @@ def test_params_of_others_are_returned_as_they_are():
     read = jax.jit(lo.eval_params)(states[-1], seen[-1])
     np.testing.assert_array_equal(read["b"], seen[-1]["b"])
     np.testing.assert_allclose(
-        read["a"], weighted([p["a"] for p in seen[:-1:4]]), rtol=2e-6
+        read["a"], weighted([p["a"] for p in seen[:-1:5]]), rtol=2e-6
     )
 
 
@@ -159,7 +174,7 @@ def test_nnx_params():
         step(model, optimizer)
     read = lo.eval_params(optimizer.opt_state, nnx.state(model, nnx.Param))
     assert optimizer.opt_state.num_accepted[...] == 8
-    expected = weighted(kernels[::4])
+    expected = weighted(kernels[::5])
     np.testing.assert_allclose(read["kernel"][...], expected, rtol=1e-5, atol=1e-7)
     averaged = nnx.merge(nnx.graphdef(model), read)
     np.testing.assert_allclose(averaged.kernel[...], expected, rtol=1e-5, atol=1e-7)
