@@ -43,9 +43,9 @@ class SearchRule(NamedTuple):
       target: alignment, in units of its best, that a rate is steered to without a loss.
       slope: of that steering.
       annealed_target: the target without a schedule.
-      annealed_floor: exponent of the largest growth without a schedule where the loss is
-        at its floor: there nothing else lowers the rate, which the next change of data
-        will meet. Chosen on *classes* of ``benchmarks/mixtures.py``.
+      annealed_floor: exponent of the largest growth without a schedule where the loss
+        is at its floor: there nothing else lowers the rate, which the next change of
+        data will meet. Chosen on *classes* of ``benchmarks/mixtures.py``.
       best_errors: standard errors by which an alignment has to be above the best.
       least_gain: least gain of a window for which a higher rate is worth it, in units
         of the progress at the pace so far.
