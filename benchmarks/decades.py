@@ -45,7 +45,6 @@ PyTree = Any
 
 ADAMW = Row(peers.ADAMW, "peers", lambda tuned: HALF_DECADES, has_curve=True)
 LALERG = Row(peers.LALERG, "lalerg", final=seen)
-SOME_TASKS = ("mlp", "autoencoder", "regression", "residual", "vae", "photo")
 
 # Constants of the rule, each halved and doubled: a factor in its logarithm, because
 # half of a doubling is no growth at all, and a decay in the length of its memory.
@@ -163,9 +162,6 @@ ROWS = (
         final=seen,
         has_curve=True,
     ),
-    *(Row(peer, "micro", tasks=SOME_TASKS, final=seen) for peer in peers.MICROS),
-    Row(peers.LALERG_WARMED_UP, "schedule", tasks=SOME_TASKS, final=seen),
-    Row(peers.WARMED_UP, "schedule", tasks=SOME_TASKS),
     *variants(),
 )
 GROUPS = tuple(dict.fromkeys(row.group for row in ROWS))

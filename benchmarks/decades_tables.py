@@ -321,14 +321,6 @@ def report(results: Results, rows: Iterable[Row]) -> str:
         "",
         *best_table(results, compared),
     ]
-    for group, title in (
-        ("micro", "Other second levels"),
-        ("schedule", "Warm-up and cosine decay"),
-    ):
-        if group in groups:
-            tasks = groups[group][0].tasks
-            lines += [f"## {title}", "", f"On {', '.join(tasks)}.", ""]
-            lines += summary_table(results, groups[group])
     if "constants" in groups:
         lines += [
             "## One constant changed",

@@ -381,28 +381,10 @@ LONG_MEMORY = LALERG._replace(
     make=lalerg(b2=0.999),
     note="a second moment that remembers ten times as long",
 )
-LALERG_WARMED_UP = LALERG._replace(
-    name="lalerg, warm-up and cosine",
-    sweep_note="a tenth of warm-up, cosine decay",
-    schedule=warmup_cosine,
-)
 DEFAULT = LALERG._replace(
     name="lalerg()",
     make=lambda rate, n: lo.lalerg(),
     sweep_note="no argument, no schedule, number of steps not known",
-)
-MICROS = tuple(
-    LALERG._replace(
-        name=f"lalerg, micro = {name}",
-        make=lambda rate, n, micro=micro: lalerg(micro=micro())(rate, n),
-        sweep_note="in place of Adam's, with linear decay",
-    )
-    for name, micro in {
-        "rms": optax.scale_by_rms,
-        "rss": optax.scale_by_rss,
-        "lion": optax.scale_by_lion,
-        "momentum": lambda: optax.trace(0.9),
-    }.items()
 )
 REGULATED = Peer(
     "error_regulate(adamw)",
