@@ -149,6 +149,15 @@ FAULTS = (
         )
         for value, length in (("nan", 1), ("inf", 1), ("nan", 10))
     ),
+    *(  # as where one example in a thousand holds a NaN, and a batch has hundreds
+        Fault(
+            f"loss and gradient nan, 1 step in {every}",
+            "data not finite",
+            {"loss_term": np.nan, "grad_term": np.nan, "grad_reach": REACHES["all"]},
+            share=1.0 / every,
+        )
+        for every in (16, 8, 4)
+    ),
     *(
         Fault(
             f"gradient x {factor:.0e}, {_counted(length)}".replace("e+0", "e"),

@@ -15,10 +15,11 @@ With small batches, "mlp, batch 1", tasks and tuned rates are those of ``noise.j
 
 A fault is data: for every step, what happens to batch, gradient, loss, update, rate,
 parameters and moments. So one program for each task and optimizer runs them all. What
-is stored is not run again, so that a run may be stopped and goes on later; ``--force``
+is stored is not run again, fault by fault, so that a run may be stopped; ``--force``
 runs it anew.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -152,9 +153,34 @@ def rates_of(names: Iterable[str]) -> dict[str, float]:
     }
 
 
-def entry_of(task: Task, peer: Peer, **settings: Any) -> dict[str, Any]:
-    """Runs all faults of an optimizer and a task; returns what is stored of them."""
-    return {f: rounded(x) for f, x in measure(task, peer, **settings).items()}
+def entry_of(
+    task: Task,
+    peer: Peer,
+    faults: tuple[Fault, ...],
+    stored: dict[str, Any],
+    **settings: Any,
+) -> dict[str, Any]:
+    """Runs what is not stored of the faults of an optimizer and a task.
+
+    Returns:
+      What is stored of all of them, in their order.
+    """
+    is_same = all(stored.get(name) == x for name, x in settings.items())
+    known = stored["faults"] if is_same else []
+    missing = [fault for fault in faults if fault.name not in known]
+    started = time.perf_counter()
+    new = measure(task, peer, faults=missing, **settings) if missing else {}
+    lists = [n for n, x in stored.items() if isinstance(x, list) and n != "faults"]
+    found = {
+        name: dict(zip(known, stored.get(name, []), strict=False))
+        | {f.name: rounded(row) for f, row in zip(missing, rows, strict=True)}
+        for name, rows in (new or dict.fromkeys(lists, ())).items()
+    }
+    seconds = time.perf_counter() - started + (stored["seconds"] if known else 0.0)
+    return {
+        "seconds": round(seconds, 1),
+        **{name: [rows[f.name] for f in faults] for name, rows in found.items()},
+    }
 
 
 def measure_all(
@@ -184,7 +210,14 @@ def measure_all(
             results.measure(
                 (name, peer.name),
                 cells,
-                partial(entry_of, task, peer, faults=faults, **settings),
+                partial(
+                    entry_of,
+                    task,
+                    peer,
+                    faults,
+                    {} if force else results.runs.get((name, peer.name), {}),
+                    **settings,
+                ),
                 force,
             )
             progress.advance(bar)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ._judge_rule import JudgeRule
+from ._numbers import SMALLEST
 from ._records import Assessment, Conduct, Decision, RegulatorScalars
 from ._verdict import Verdict
 
@@ -41,16 +42,16 @@ def decide(
 
     # Evidence is summed up: two high losses in a row weigh as much as many that are a
     # little too high. Ordinary losses reduce it again.
-    rise = jnp.where(seen.is_usable, jnp.clip(error, 0.0, 1.0), 1.0) - rule.slack
+    rise = jnp.where(seen.is_usable, jnp.clip(error, 0.0, 1.0) - rule.slack, 0.0)
     doubt = jnp.maximum(last.doubt + rise, 0.0)
     # Only what was harmless before shows how long hard data can last.
     usual = 2.0 * last.harmless_doubt + (1.0 - rule.slack)
     most = 2.0 * rule.patience * (1.0 - rule.slack)
     needed = jnp.maximum(jnp.minimum(usual, most), rule.least_doubt)
-    needed = jnp.where(seen.is_usable, needed, rule.least_doubt)
 
     is_before = conduct <= Conduct.SUSPECT
-    is_due = is_before & (doubt >= needed)
+    is_doubted = jnp.where(seen.is_usable, doubt >= needed, _is_lost(last, rule))
+    is_due = is_before & is_doubted
     # Where as much was harmless before, and half of the progress is still there, it is
     # the new level.
     is_settled = is_due & (doubt >= most) & ~seen.is_undone & seen.is_usable
@@ -115,6 +116,27 @@ def decide(
         is_over=is_over,
         doubt=jnp.where(last.is_pending, last.doubt, doubt),
     )
+
+
+def _is_lost(last: RegulatorScalars, rule: JudgeRule) -> jax.Array:
+    r"""Returns whether so many skips in a row cannot be a chance.
+
+    With :math:`q` the share of all steps so far that were skipped before this row, and
+    with this step being the :math:`k`-th of it
+
+    .. math::
+
+        k \ge \max(2,\; \min(\log(10^{-4}) / \log(q),\; patience))
+
+    Where one batch in eight holds a NaN, two in a row say nothing about the params.
+    Waiting costs only these steps, because a skipped one changes nothing.
+    """
+    row = last.num_skips_in_a_row
+    num_steps = last.num_accepted + last.num_skipped + rule.num_prior
+    share = (last.num_skipped - row) / num_steps
+    length = rule.log_chance / jnp.log(jnp.maximum(share, SMALLEST))
+    length = jnp.minimum(length, rule.patience)
+    return row + 1 >= jnp.maximum(length, rule.least_row)
 
 
 def overruled(decision: Decision, is_failed: jax.Array) -> Decision:

@@ -23,6 +23,9 @@ class JudgeRule(NamedTuple):
       slack: part of an error that is not evidence: five standard deviations of the sum
         lie between normal noise and `least_doubt`.
       least_doubt: evidence that starts a trial: that of two high losses.
+      least_row: skips in a row that start one, at least.
+      log_chance: logarithm of the probability at which a row of skips is no chance.
+      num_prior: steps that are added to those of a run, to tell the share of skips.
       suspect: evidence at which the anchor is held.
       widening: of the tolerance, by each 5 % of a window that are alarms; chosen on the
         regression of ``benchmarks/faults.py``.
@@ -59,6 +62,9 @@ class JudgeRule(NamedTuple):
     bound_floor: float = math.log(16.0)
     slack: float = 0.25
     least_doubt: float = 1.25
+    least_row: float = 2.0
+    log_chance: float = math.log(1e-4)
+    num_prior: int = 8
     suspect: float = 0.5
     widening: float = 1.5
     longer: float = 16.0

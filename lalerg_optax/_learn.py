@@ -153,6 +153,11 @@ def _counters(
         "num_accepted": count_if(is_accepted, last.num_accepted),
         "num_bounded": count_if(verdict == Verdict.BOUND, last.num_bounded),
         "num_skipped": count_if(verdict == Verdict.SKIP, last.num_skipped),
+        "num_skips_in_a_row": jnp.where(
+            verdict == Verdict.SKIP,
+            count_if(jnp.ones((), jnp.bool_), last.num_skips_in_a_row),
+            0,
+        ),
         "num_rejected_in_a_row": jnp.where(
             is_accepted, 0, count_if(~is_accepted, last.num_rejected_in_a_row)
         ),

@@ -30,6 +30,7 @@ _INTERNAL = (
     "alignment_scale",
     "look_variance",
     *LOOKS,
+    "num_skips_in_a_row",
 )
 _REGULATOR_FIELDS = tuple(
     name for name in RegulatorScalars._fields if name not in _INTERNAL

@@ -76,6 +76,7 @@ class RegulatorScalars(NamedTuple):
       num_skipped: number of steps skipped, int32.
       num_rejected_in_a_row: steps skipped or reverted since the last accepted one,
         int32.
+      num_skips_in_a_row: steps skipped since the last one that was not, int32.
       num_revert_steps: number of steps spent on reverts (two each), int32.
       num_trials: reverts that test whether params are damaged, int32.
       num_harmful: trials that showed damage, int32.
@@ -116,6 +117,7 @@ class RegulatorScalars(NamedTuple):
     num_bounded: Any = 0
     num_skipped: Any = 0
     num_rejected_in_a_row: Any = 0
+    num_skips_in_a_row: Any = 0
     num_revert_steps: Any = 0
     num_trials: Any = 0
     num_harmful: Any = 0

@@ -545,6 +545,7 @@ class ErrorRegulate:
         self.num_well = 0
         self.num_accepted = self.num_bounded = 0
         self.num_skipped = self.num_revert_steps = 0
+        self.row = 0  # of steps that were skipped
         self.num_trials = self.num_harmful = self.num_audits_passed = 0
 
         self.looks = []  # those at this anchor
@@ -654,8 +655,9 @@ class ErrorRegulate:
             self.verdict, self.conduct = REVERT, HEALTHY
             return
 
-        evidence = min(max(self.error, 0.0), 1.0) if self.is_usable else 1.0
-        self.doubt = max(0.0, self.doubt + evidence - 0.25)
+        if self.is_usable:
+            evidence = min(max(self.error, 0.0), 1.0)
+            self.doubt = max(0.0, self.doubt + evidence - 0.25)
         if self.is_skipped:
             self.verdict = SKIP
             self.events.add("odd" if self.is_usable else "not finite")
@@ -673,8 +675,9 @@ class ErrorRegulate:
         has_ended = has_ended and self.error < max(self.last_error / 16.0, 0.5)
 
         if self.conduct in (HEALTHY, SUSPECT):
-            needed = max(1.25, min(usual, most)) if self.is_usable else 1.25
-            is_due = self.doubt >= needed
+            is_due = self.doubt >= max(1.25, min(usual, most))
+            if not self.is_usable:
+                is_due = self.is_lost()
             is_settled = self.is_usable and self.doubt >= most and not self.is_undone
             if is_due and is_settled:
                 self.settle()
@@ -711,6 +714,14 @@ class ErrorRegulate:
             self.settle()
         else:
             self.num_hard += 1
+
+    def is_lost(self):
+        """Returns whether so many skips in a row are no chance."""
+        share = (self.num_skipped - self.row) / (
+            self.num_accepted + self.num_skipped + 8
+        )
+        length = math.log(1e-4) / math.log(max(share, 1e-30))
+        return self.row + 1 >= max(2.0, min(length, self.patience))
 
     def settle(self):
         self.verdict, self.conduct = ACCEPT, HEALTHY
@@ -895,6 +906,7 @@ class ErrorRegulate:
         self.num_accepted += is_applied
         self.num_bounded += self.verdict == BOUND
         self.num_skipped += self.verdict == SKIP
+        self.row = self.row + 1 if self.verdict == SKIP else 0
         self.num_revert_steps += self.verdict == REVERT
         self.anchor_age += is_applied
         if self.is_moved:
