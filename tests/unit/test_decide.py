@@ -176,6 +176,34 @@ def test_two_steps_that_are_not_finite_go_back_however_hard_the_data_were():
     assert report["num_harmful"][-1] == 1
 
 
+@pytest.mark.parametrize("share", [1 / 16, 1 / 8, 1 / 4, 1 / 2])
+def test_data_that_are_often_not_finite_do_not_speak_against_the_params(share):
+    """As where one example in some hundreds holds a NaN: in half of 64 batches, say."""
+    losses, grads = make(num_steps=4000)
+    losses[np.random.default_rng(1).random(len(losses)) < share] = np.nan
+    losses[:10] = 1.0  # until it is known how often that happens
+    _, report, _ = judge(losses, grads)
+    is_lost = np.isnan(losses)
+    verdicts = np.asarray(report["verdict"])
+    assert np.all(verdicts[is_lost] != ACCEPT)
+    # of 4,000 steps, none of which is skipped but those that have to be
+    assert report["num_revert_steps"][-1] <= 6
+    assert report["damping_factor"][-1] == 1.0
+    assert np.all(verdicts[~is_lost] != SKIP)
+
+
+@pytest.mark.parametrize(("share", "row"), [(0.0, 2), (1 / 8, 5), (1 / 2, 14)])
+def test_params_that_are_lost_are_gone_back_for_all_the_same(share, row):
+    """log(1e-4) / log(share) steps in a row are no chance."""
+    losses, grads = make(num_steps=4000)
+    losses[np.random.default_rng(1).random(len(losses)) < share] = np.nan
+    losses[:10] = losses[3900:3902] = 1.0
+    losses[3902:] = np.nan
+    verdicts = verdicts_of(losses, grads)
+    first = 3902 + int(np.flatnonzero(verdicts[3902:] == REVERT)[0])
+    assert first == 3902 + row - 1
+
+
 def test_many_slightly_high_losses_are_evidence_too():
     losses, grads = make()
     losses[200:300] = 1.0 + 0.7 * 6.0 * 0.05
