@@ -16,6 +16,10 @@ from sweeps import (
 )
 from tasks import DEVELOPMENT, REPORT, TASKS
 
+SCHEDULES = (  # of AdamW
+    *("linear decay", "warm-up and cosine"),
+    *("warm-up, stable, decay", "warm restarts"),
+)
 HALVES = {"chosen on": DEVELOPMENT, "not chosen on": REPORT}
 
 
@@ -195,11 +199,13 @@ def draw(results: Results, path: Path) -> None:
         ]
         places = np.arange(len(names)) + offset
         axis.barh(places, widths, height=0.38, color=color, label=label)
-    axis.set_yticks(np.arange(len(names)), names, fontsize=8)
+    labels = [f"AdamW, {name}" if name in SCHEDULES else name for name in names]
+    axis.set_yticks(np.arange(len(names)), labels, fontsize=8)
+    axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xlim(0, 100)
     axis.set_xlabel(
         "% of runs over nine decades of rates within 5 % of the tuned one", fontsize=8
     )
-    axis.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -38,6 +38,15 @@ class Average(NamedTuple):
     Attributes:
       points: the average, a tree like the params, in float32 or a wider dtype.
       num_points: number of points in it, int32.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lalerg_optax as lo
+      >>> tx = lo.error_regulate(optax.sgd(0.1), average=True)
+      >>> params = jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> _, state = tx.update(params, state, params, value=1.0)
+      >>> [float(p) for p in state.average.points], int(state.average.num_points)
+      ([1.0, 2.0], 1)
     """
 
     points: PyTree

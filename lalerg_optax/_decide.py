@@ -133,10 +133,10 @@ def _is_lost(last: RegulatorScalars, rule: JudgeRule) -> jax.Array:
     """
     row = last.num_skips_in_a_row
     num_steps = last.num_accepted + last.num_skipped + rule.num_prior
-    share = (last.num_skipped - row) / num_steps
-    length = rule.log_chance / jnp.log(jnp.maximum(share, SMALLEST))
-    length = jnp.minimum(length, rule.patience)
-    return row + 1 >= jnp.maximum(length, rule.least_row)
+    share = jnp.maximum((last.num_skipped - row) / num_steps, SMALLEST)
+    length = row + 1
+    is_rare = length * jnp.log(share) <= rule.log_chance
+    return (length >= rule.least_row) & (is_rare | (length >= rule.patience))
 
 
 def overruled(decision: Decision, is_failed: jax.Array) -> Decision:
