@@ -120,7 +120,7 @@ def means_table(results: Results, chosen: Iterable[str]) -> list[str]:
     chosen, stops = list(chosen), results.stops()
     lines = []
     for name, read in results.rows():
-        line = [name, read]
+        line = [f"{name}, {read}"]
         for stop in stops:
             tasks = results.by_task(name, read, stop, chosen)
             if not tasks:
@@ -132,7 +132,7 @@ def means_table(results: Results, chosen: Iterable[str]) -> list[str]:
             mean = f"{percent(means.mean())} +- {means.std():.2f}"
             line.append(f"{mean}, {within}, {percent(worst)}")
         lines.append(line)
-    return table(["optimizer", "read", *(f"{n:,} steps" for n in stops)], lines)
+    return table(["optimizer, read", *(f"{n:,} steps" for n in stops)], lines)
 
 
 def ratios_table(results: Results, chosen: Iterable[str]) -> list[str]:
@@ -146,9 +146,9 @@ def ratios_table(results: Results, chosen: Iterable[str]) -> list[str]:
             if stop >= 400
         ]
         cells = [cells for cells in found if cells is not None]
-        line = [name, read, *ratio_shares(np.concatenate(cells or [np.zeros(0)]))]
-        lines.append(line)
-    return table(["optimizer", "read", *RATIO_COLUMNS], lines)
+        shares = ratio_shares(np.concatenate(cells or [np.zeros(0)]))
+        lines.append([f"{name}, {read}", *shares])
+    return table(["optimizer, read", *RATIO_COLUMNS], lines)
 
 
 def tasks_table(results: Results, name: str, read: str) -> list[str]:
