@@ -94,7 +94,8 @@ def healthy_params(params: Params, opt_state: optax.OptState) -> Params:
       opt_state: the state of the optimizer. Regulators are found in it at any depth.
 
     Returns:
-      A tree with the shapes and dtypes of the params.
+      A tree with the shapes and dtypes of the params: a copy, so that params and state
+      can both be donated.
 
     Example:
       >>> import jax.numpy as jnp, optax, lalerg_optax as lo
@@ -108,7 +109,7 @@ def healthy_params(params: Params, opt_state: optax.OptState) -> Params:
     for state in find_states(opt_state, ErrorRegulateState).values():
         home = _home(state, params, jnp.ones((), jnp.bool_))
         params = _map(
-            lambda a, p: p if is_masked(a) else a.astype(p.dtype), home, params
+            lambda a, p: p if is_masked(a) else jnp.array(a, p.dtype), home, params
         )
     return params
 
@@ -136,7 +137,7 @@ def eval_params(opt_state: optax.OptState, params: Params) -> Params:
         is that of ``optax.contrib.schedule_free_eval_params``.
 
     Returns:
-      A tree with the shapes and dtypes of the params.
+      A tree with the shapes and dtypes of the params, a copy.
 
     Raises:
       ValueError: if there is no average in the state.
@@ -168,7 +169,7 @@ def eval_params(opt_state: optax.OptState, params: Params) -> Params:
         )
     for points in found:
         params = _map(
-            lambda a, p: p if is_masked(a) else a.astype(p.dtype),
+            lambda a, p: p if is_masked(a) else jnp.array(a, p.dtype),
             as_params(points, params),
             params,
         )

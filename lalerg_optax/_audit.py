@@ -245,7 +245,8 @@ def look_and_move(
         # leaves, in the kernel of each.
         report = spread(pack(look), axes)
         moved = move(read(Look, report, "is_moved"), anchor, params)
-        return spread(moved, axes), added(is_point), report
+        is_kept = jnp.logical_not(read(Look, report, "is_failed"))
+        return spread(moved, axes), added(is_point & is_kept), report
 
     def add() -> tuple[optax.Params, Average | None, Scalars]:
         return spread(anchor, axes), added(True), kept_looks()

@@ -77,6 +77,8 @@ def with_point(
 ) -> Average:
     r"""Adds a point to an average, except for entries that are not sound.
 
+    An entry of the average that is not sound begins anew.
+
     With the exponent :math:`k` and the number of points before, :math:`n`, the average
     :math:`\bar p` and the params :math:`p`
 
@@ -89,8 +91,10 @@ def with_point(
 
     def moved(a: jax.Array, p: jax.Array) -> jax.Array:
         is_taken_here = is_taken & is_representable(p)
-        step = weight.astype(jnp.finfo(a.dtype).dtype) * (p.astype(a.dtype) - a)
-        return jnp.where(is_taken_here, a + step, a)
+        p = p.astype(a.dtype)
+        sound = jnp.where(is_representable(a), a, p)
+        step = weight.astype(jnp.finfo(a.dtype).dtype) * (p - sound)
+        return jnp.where(is_taken_here, sound + step, a)
 
     points = jax.tree.map(moved, average.points, params)
     return Average(points, count_if(jnp.asarray(is_taken), num))

@@ -1,5 +1,7 @@
 """average=True and eval_params: the average of the params, and what is kept out."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ import pytest
 from flax import nnx
 
 import lalerg_optax as lo
+from lalerg_optax._records import RegulatorScalars
+from lalerg_optax._scalars import pack, unpack
 
 PARAMS = {"a": jnp.linspace(1.0, 2.0, 24), "b": jnp.full((3, 5), 0.5, jnp.bfloat16)}
 
@@ -102,6 +106,62 @@ def test_an_entry_that_is_not_finite_does_not_enter():
     spoilt = {"w": jnp.array([jnp.inf, 3.0])}
     _, state = tx.update(params, state, spoilt, value=1.0)
     np.testing.assert_array_equal(state.average.points["w"], [1.0, 3.0])
+
+
+@pytest.mark.parametrize("hit", [jnp.nan, jnp.inf, 1e38])
+def test_an_entry_of_the_average_that_was_hit_begins_anew(hit):
+    tx = lo.error_regulate(optax.sgd(0.01), average=True)
+    params = {"w": jnp.array([1.0, 2.0])}
+    state = tx.init(params)
+    points = {"w": jnp.array([hit, 0.0])}
+    average = state.average._replace(points=points, num_points=jnp.int32(9))
+    _, state = tx.update(
+        params, state._replace(average=average), params, value=jnp.ones(())
+    )
+    np.testing.assert_array_equal(state.average.points["w"], [1.0, 1.0])
+
+
+def test_a_start_that_is_taken_back_is_no_point():
+    tx = lo.lalerg(0.3, average=True)
+    curvatures = jnp.array([1.0, 5.0, 50.0])
+
+    @jax.jit
+    def step(params, state):
+        value = jnp.sum(curvatures * params**2) / 2
+        updates, state = tx.update(curvatures * params, state, params, value=value)
+        return lo.apply_updates(params, updates, state), state
+
+    def failed(num_before):
+        """Returns the states before and after the step where the start fails."""
+        params, state = jnp.ones(3), tx.init(jnp.ones(3))
+        known = unpack(RegulatorScalars, state.scalars)
+        known = known._replace(num_accepted=num_before)
+        state = state._replace(scalars=pack(known))
+        while state.verdict != lo.Verdict.REVERT:
+            before = state
+            params, state = step(params, state)
+        return before, state
+
+    first, _ = failed(0)
+    before, after = failed(-int(first.num_accepted) % 5)
+    assert before.num_accepted % 5 == 0, "it would be a point"
+    chex.assert_trees_all_equal(after.average, before.average)
+
+
+@pytest.mark.parametrize("read", [lo.eval_params, lambda s, p: lo.healthy_params(p, s)])
+def test_what_is_read_is_a_copy_and_stays_when_the_state_is_donated(read):
+    tx = lo.error_regulate(optax.sgd(0.0), average=True)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = tx.update(params, state, params, value=1.0)
+        return lo.apply_updates(params, updates, state), state
+
+    params = jnp.array([1.0, 2.0])
+    params, state = step(params, tx.init(params))
+    kept, again = read(state, params), read(state, params)
+    params, _ = step(again, state)  # both are donated
+    assert kept.tolist() == params.tolist() == [1.0, 2.0]
 
 
 def test_noise_averages_out():
