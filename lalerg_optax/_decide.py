@@ -104,6 +104,7 @@ def decide(
     now = jnp.where(conduct == Conduct.RESTORING, Conduct.TRIAL, now)
     now = jnp.where(conduct == Conduct.REWINDING, Conduct.HEALTHY, now)
     is_harmful = (conduct == Conduct.TRIAL) & is_fine & ~is_long
+    is_harmful &= last.num_accepted > 0  # where no update was made, none did harm
     is_over = is_rewind | is_new_level | (is_before & ~is_trial & (doubt == 0.0))
     is_over |= (conduct >= Conduct.TRIAL) & is_fine
     return Decision(
@@ -119,7 +120,7 @@ def decide(
 
 
 def _is_lost(last: RegulatorScalars, rule: JudgeRule) -> jax.Array:
-    r"""Returns whether so many skips in a row cannot be a chance.
+    r"""Returns whether so many steps in a row that are not finite cannot be a chance.
 
     With :math:`q` the share of all steps so far that were skipped before this row, and
     with this step being the :math:`k`-th of it
@@ -132,7 +133,9 @@ def _is_lost(last: RegulatorScalars, rule: JudgeRule) -> jax.Array:
     Waiting costs only these steps, because a skipped one changes nothing.
     """
     row = last.num_skips_in_a_row
-    num_steps = last.num_accepted + last.num_skipped + rule.num_prior
+    # the sum of two counts may be too large for int32
+    num_skipped = last.num_skipped.astype(jnp.float32)
+    num_steps = last.num_accepted + num_skipped + rule.num_prior
     share = jnp.maximum((last.num_skipped - row) / num_steps, SMALLEST)
     length = row + 1
     is_rare = length * jnp.log(share) <= rule.log_chance

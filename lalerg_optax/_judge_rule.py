@@ -23,7 +23,7 @@ class JudgeRule(NamedTuple):
       slack: part of an error that is not evidence: five standard deviations of the sum
         lie between normal noise and `least_doubt`.
       least_doubt: evidence that starts a trial: that of two high losses.
-      least_row: skips in a row that start one, at least.
+      least_row: steps in a row that are not finite and start one, at least.
       log_chance: logarithm of the probability at which a row of skips is no chance.
       num_prior: steps that are added to those of a run, to tell the share of skips.
       suspect: evidence at which the anchor is held.

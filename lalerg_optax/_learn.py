@@ -138,7 +138,7 @@ def _audited(
 
 
 def _counters(
-    last: RegulatorScalars, look: Look, decision: Decision
+    last: RegulatorScalars, seen: Assessment, look: Look, decision: Decision
 ) -> dict[str, jax.Array]:
     """Returns how often each decision was made."""
     verdict = decision.verdict
@@ -154,7 +154,7 @@ def _counters(
         "num_bounded": count_if(verdict == Verdict.BOUND, last.num_bounded),
         "num_skipped": count_if(verdict == Verdict.SKIP, last.num_skipped),
         "num_skips_in_a_row": jnp.where(
-            verdict == Verdict.SKIP,
+            (verdict == Verdict.SKIP) & ~seen.is_usable,
             count_if(jnp.ones((), jnp.bool_), last.num_skips_in_a_row),
             0,
         ),
@@ -211,7 +211,7 @@ def learn(
             conduct=decision.conduct,
             **_evidence(last, seen, look, decision, rule),
             **_audited(last, look, decision, rule),
-            **_counters(last, look, decision),
+            **_counters(last, seen, look, decision),
         )
     )
 

@@ -76,7 +76,8 @@ class RegulatorScalars(NamedTuple):
       num_skipped: number of steps skipped, int32.
       num_rejected_in_a_row: steps skipped or reverted since the last accepted one,
         int32.
-      num_skips_in_a_row: steps skipped since the last one that was not, int32.
+      num_skips_in_a_row: the last steps, as far as all were skipped because they were
+        not finite, int32.
       num_revert_steps: number of steps spent on reverts (two each), int32.
       num_trials: reverts that test whether params are damaged, int32.
       num_harmful: trials that showed damage, int32.

@@ -545,7 +545,7 @@ class ErrorRegulate:
         self.num_well = 0
         self.num_accepted = self.num_bounded = 0
         self.num_skipped = self.num_revert_steps = 0
-        self.row = 0  # of steps that were skipped
+        self.row = 0  # of steps that are not finite
         self.num_trials = self.num_harmful = self.num_audits_passed = 0
 
         self.looks = []  # those at this anchor
@@ -691,7 +691,7 @@ class ErrorRegulate:
             clipped = [min(max(e, -1.0), 1.0) for e in (self.last_error, self.error)]
             if is_fine and sum(clipped) / 2.0 < 0.25:
                 # one that was hard at the anchor already is no harm
-                self.is_harmful = not is_long
+                self.is_harmful = not is_long and self.num_accepted > 0
                 self.events.add("late relief" if is_long else "harm")
                 self.conduct, self.is_over = HEALTHY, True
             elif self.is_usable and is_long:
@@ -716,7 +716,7 @@ class ErrorRegulate:
             self.num_hard += 1
 
     def is_lost(self):
-        """Returns whether so many skips in a row are no chance."""
+        """Returns whether so many NaN in a row are no chance."""
         share = (self.num_skipped - self.row) / (
             self.num_accepted + self.num_skipped + 8
         )
@@ -906,7 +906,8 @@ class ErrorRegulate:
         self.num_accepted += is_applied
         self.num_bounded += self.verdict == BOUND
         self.num_skipped += self.verdict == SKIP
-        self.row = self.row + 1 if self.verdict == SKIP else 0
+        is_lost = self.verdict == SKIP and not self.is_usable
+        self.row = self.row + 1 if is_lost else 0
         self.num_revert_steps += self.verdict == REVERT
         self.anchor_age += is_applied
         if self.is_moved:

@@ -9,6 +9,7 @@ import pytest
 from helpers.judged import (
     ACCEPT,
     BOUND,
+    REGULATED,
     REVERT,
     SKIP,
     SLOW,
@@ -20,7 +21,10 @@ from helpers.judged import (
 )
 
 import lalerg_optax as lo
-from lalerg_optax._scalars import unpack
+from lalerg_optax._decide import _is_lost
+from lalerg_optax._judge_rule import JudgeRule
+from lalerg_optax._records import RegulatorScalars
+from lalerg_optax._scalars import pack, unpack
 from lalerg_optax._search_rule import MacroScalars
 
 
@@ -202,6 +206,37 @@ def test_params_that_are_lost_are_gone_back_for_all_the_same(share, row):
     verdicts = verdicts_of(losses, grads)
     first = 3902 + int(np.flatnonzero(verdicts[3902:] == REVERT)[0])
     assert first == 3902 + row - 1
+
+
+def test_a_step_that_is_skipped_for_its_norm_is_none_of_a_row_that_is_not_finite():
+    losses, grads = make()
+    grads[200] *= 1e6
+    losses[201] = np.nan
+    assert exceptions(verdicts_of(losses, grads)) == {200: SKIP, 201: SKIP}
+
+
+def test_a_share_of_skips_is_right_where_counters_are_full():
+    """An eighth of all steps so far: of a row the second one says nothing."""
+    full = np.iinfo(np.int32).max
+    last = RegulatorScalars(
+        num_accepted=full, num_skipped=full // 7, num_skips_in_a_row=1
+    )
+    second = unpack(RegulatorScalars, pack(last))
+    fifth = unpack(RegulatorScalars, pack(last._replace(num_skips_in_a_row=4)))
+    assert not _is_lost(second, JudgeRule())
+    assert _is_lost(fifth, JudgeRule())
+
+
+@pytest.mark.parametrize("num_lost", [1, 2, 3, 10])
+@pytest.mark.parametrize("tx", [REGULATED, lo.lalerg()], ids=["given", "searched"])
+def test_first_steps_that_are_not_finite_are_no_harm(tx, num_lost):
+    """As where the scale of a float16 loss begins too high: no update was made."""
+    losses, grads = make(num_steps=16)
+    losses[:num_lost] = np.nan
+    _, report, _ = judge(losses, grads, tx)
+    assert report["num_harmful"][num_lost] == 0
+    assert np.all(report["damping_factor"] == 1.0)
+    assert np.all(report["macro_rate"][: num_lost + 2] == 1.0)
 
 
 def test_many_slightly_high_losses_are_evidence_too():
