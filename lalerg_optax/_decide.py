@@ -122,8 +122,8 @@ def decide(
 def _is_lost(last: RegulatorScalars, rule: JudgeRule) -> jax.Array:
     r"""Returns whether so many steps in a row that are not finite cannot be a chance.
 
-    With :math:`q` the share of all steps so far that were skipped before this row, and
-    with this step being the :math:`k`-th of it
+    With :math:`q` the share of all steps so far that were skipped before this row,
+    where eight are added that were not, and with this step being the :math:`k`-th of it
 
     .. math::
 
