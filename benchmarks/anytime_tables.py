@@ -177,9 +177,10 @@ def report(results: Results) -> str:
         "",
         "Excess is the loss on the whole training set above that of AdamW with linear "
         "decay to zero, tuned for each stopping point (half decades, mean of the "
-        "seeds), in % of the drop that it made. *linear decay* is told the number of "
-        "steps, and makes a run for each; of all others a single run is read at all "
-        "stopping points. lalerg begins at 1e-6, 1e-3 and 1, all of which count; of "
+        "seeds), in % of the drop that it made. Stopping points have different numbers "
+        "of tasks. Schedule-free warms up for 100 steps. *linear decay* is told the "
+        "number of steps, and makes a run for each; of all others a single run is read "
+        "at all stopping points. lalerg begins at 1e-6, 1e-3 and 1, all of which count; of "
         "all others the best rate for each stopping point counts.",
         "",
         "Mean over tasks +- standard deviation of the tasks, tasks whose mean is at "
