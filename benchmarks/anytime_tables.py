@@ -180,8 +180,8 @@ def report(results: Results) -> str:
         "seeds), in % of the drop that it made. Stopping points have different numbers "
         "of tasks. Schedule-free warms up for 100 steps. *linear decay* is told the "
         "number of steps, and makes a run for each; of all others a single run is read "
-        "at all stopping points. lalerg begins at 1e-6, 1e-3 and 1, all of which count; of "
-        "all others the best rate for each stopping point counts.",
+        "at all stopping points. lalerg begins at 1e-6, 1e-3 and 1, all of which "
+        "count; of all others the best rate for each stopping point counts.",
         "",
         "Mean over tasks +- standard deviation of the tasks, tasks whose mean is at "
         "most 1 %, worst run:",
