@@ -42,7 +42,11 @@ def decide(
 
     # Evidence is summed up: two high losses in a row weigh as much as many that are a
     # little too high. Ordinary losses reduce it again.
-    rise = jnp.where(seen.is_usable, jnp.clip(error, 0.0, 1.0) - rule.slack, 0.0)
+    log_share = _log_share_lost(last, rule)
+    # what is not finite is evidence, too, where two in a row would be no chance
+    is_telling = rule.least_row * log_share <= rule.log_chance
+    rise = jnp.where(seen.is_usable, jnp.clip(error, 0.0, 1.0), is_telling * 1.0)
+    rise -= jnp.where(seen.is_usable | is_telling, rule.slack, 0.0)
     doubt = jnp.maximum(last.doubt + rise, 0.0)
     # Only what was harmless before shows how long hard data can last.
     usual = 2.0 * last.harmless_doubt + (1.0 - rule.slack)
@@ -50,7 +54,10 @@ def decide(
     needed = jnp.maximum(jnp.minimum(usual, most), rule.least_doubt)
 
     is_before = conduct <= Conduct.SUSPECT
-    is_doubted = jnp.where(seen.is_usable, doubt >= needed, _is_lost(last, rule))
+    needed = jnp.where(seen.is_usable, needed, rule.least_doubt)
+    is_doubted = doubt >= needed
+    is_doubted &= seen.is_usable | is_telling
+    is_doubted |= ~seen.is_usable & _is_lost(last, log_share, rule)
     is_due = is_before & is_doubted
     # Where as much was harmless before, and half of the progress is still there, it is
     # the new level.
@@ -119,11 +126,22 @@ def decide(
     )
 
 
-def _is_lost(last: RegulatorScalars, rule: JudgeRule) -> jax.Array:
+def _log_share_lost(last: RegulatorScalars, rule: JudgeRule) -> jax.Array:
+    """Returns the logarithm of the share of steps that were not finite by chance."""
+    # the sum of two counts may be too large for int32
+    num_lost = last.num_lost.astype(jnp.float32)
+    share = num_lost / (last.num_accepted + num_lost + rule.num_prior)
+    return jnp.log(jnp.maximum(share, SMALLEST))
+
+
+def _is_lost(
+    last: RegulatorScalars, log_share: jax.Array, rule: JudgeRule
+) -> jax.Array:
     r"""Returns whether so many steps in a row that are not finite cannot be a chance.
 
-    With :math:`q` the share of all steps so far that were skipped before this row,
-    where eight are added that were not, and with this step being the :math:`k`-th of it
+    With :math:`q` the share of such steps so far in rows that ended by themselves,
+    where eight steps are added that were finite, and with this step being the
+    :math:`k`-th of its row
 
     .. math::
 
@@ -132,13 +150,8 @@ def _is_lost(last: RegulatorScalars, rule: JudgeRule) -> jax.Array:
     Where one batch in eight holds a NaN, two in a row say nothing about the params.
     Waiting costs only these steps, because a skipped one changes nothing.
     """
-    row = last.num_skips_in_a_row
-    # the sum of two counts may be too large for int32
-    num_skipped = last.num_skipped.astype(jnp.float32)
-    num_steps = last.num_accepted + num_skipped + rule.num_prior
-    share = jnp.maximum((last.num_skipped - row) / num_steps, SMALLEST)
-    length = row + 1
-    is_rare = length * jnp.log(share) <= rule.log_chance
+    length = last.num_skips_in_a_row + 1
+    is_rare = length * log_share <= rule.log_chance
     return (length >= rule.least_row) & (is_rare | (length >= rule.patience))
 
 

@@ -153,6 +153,15 @@ def _counters(
         "num_accepted": count_if(is_accepted, last.num_accepted),
         "num_bounded": count_if(verdict == Verdict.BOUND, last.num_bounded),
         "num_skipped": count_if(verdict == Verdict.SKIP, last.num_skipped),
+        "num_lost": jnp.where(
+            is_accepted & (last.conduct <= Conduct.SUSPECT),
+            # saturates, as all counters
+            last.num_lost
+            + jnp.minimum(
+                last.num_skips_in_a_row, jnp.iinfo(jnp.int32).max - last.num_lost
+            ),
+            last.num_lost,
+        ),
         "num_skips_in_a_row": jnp.where(
             (verdict == Verdict.SKIP) & ~seen.is_usable,
             count_if(jnp.ones((), jnp.bool_), last.num_skips_in_a_row),

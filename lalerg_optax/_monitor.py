@@ -31,6 +31,7 @@ _INTERNAL = (
     "look_variance",
     *LOOKS,
     "num_skips_in_a_row",
+    "num_lost",
 )
 _REGULATOR_FIELDS = tuple(
     name for name in RegulatorScalars._fields if name not in _INTERNAL

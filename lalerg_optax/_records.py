@@ -78,6 +78,7 @@ class RegulatorScalars(NamedTuple):
         int32.
       num_skips_in_a_row: the last steps, as far as all were skipped because they were
         not finite, int32.
+      num_lost: steps of such rows that ended without a revert, int32.
       num_revert_steps: number of steps spent on reverts (two each), int32.
       num_trials: reverts that test whether params are damaged, int32.
       num_harmful: trials that showed damage, int32.
@@ -119,6 +120,7 @@ class RegulatorScalars(NamedTuple):
     num_skipped: Any = 0
     num_rejected_in_a_row: Any = 0
     num_skips_in_a_row: Any = 0
+    num_lost: Any = 0
     num_revert_steps: Any = 0
     num_trials: Any = 0
     num_harmful: Any = 0

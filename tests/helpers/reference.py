@@ -546,6 +546,7 @@ class ErrorRegulate:
         self.num_accepted = self.num_bounded = 0
         self.num_skipped = self.num_revert_steps = 0
         self.row = 0  # of steps that are not finite
+        self.num_lost = 0  # in rows that ended by themselves
         self.num_trials = self.num_harmful = self.num_audits_passed = 0
 
         self.looks = []  # those at this anchor
@@ -646,7 +647,7 @@ class ErrorRegulate:
         """Sets verdict and conduct."""
         self.is_new_revert = self.is_harmful = self.is_new_level = False
         self.is_over = False  # whether nothing is in doubt any more
-        self.last_doubt = self.doubt
+        self.last_doubt, self.conduct_before = self.doubt, self.conduct
         self.has_taken = self.peak_doubt > 0.0
         if self.conduct == RESTORING:
             self.verdict, self.conduct = REVERT, TRIAL
@@ -658,6 +659,8 @@ class ErrorRegulate:
         if self.is_usable:
             evidence = min(max(self.error, 0.0), 1.0)
             self.doubt = max(0.0, self.doubt + evidence - 0.25)
+        elif self.share_lost() <= 0.01:
+            self.doubt += 0.75
         if self.is_skipped:
             self.verdict = SKIP
             self.events.add("odd" if self.is_usable else "not finite")
@@ -677,7 +680,8 @@ class ErrorRegulate:
         if self.conduct in (HEALTHY, SUSPECT):
             is_due = self.doubt >= max(1.25, min(usual, most))
             if not self.is_usable:
-                is_due = self.is_lost()
+                is_due = self.share_lost() <= 0.01 and self.doubt >= 1.25
+                is_due = is_due or self.is_lost()
             is_settled = self.is_usable and self.doubt >= most and not self.is_undone
             if is_due and is_settled:
                 self.settle()
@@ -715,12 +719,13 @@ class ErrorRegulate:
         else:
             self.num_hard += 1
 
+    def share_lost(self):
+        """Returns the share of steps that were not finite by chance."""
+        return self.num_lost / (self.num_accepted + self.num_lost + 8)
+
     def is_lost(self):
         """Returns whether so many NaN in a row are no chance."""
-        share = (self.num_skipped - self.row) / (
-            self.num_accepted + self.num_skipped + 8
-        )
-        length = math.log(1e-4) / math.log(max(share, 1e-30))
+        length = math.log(1e-4) / math.log(max(self.share_lost(), 1e-30))
         return self.row + 1 >= max(2.0, min(length, self.patience))
 
     def settle(self):
@@ -907,6 +912,8 @@ class ErrorRegulate:
         self.num_bounded += self.verdict == BOUND
         self.num_skipped += self.verdict == SKIP
         is_lost = self.verdict == SKIP and not self.is_usable
+        if is_applied and self.conduct_before in (HEALTHY, SUSPECT):
+            self.num_lost += self.row
         self.row = self.row + 1 if is_lost else 0
         self.num_revert_steps += self.verdict == REVERT
         self.anchor_age += is_applied

@@ -21,7 +21,7 @@ from helpers.judged import (
 )
 
 import lalerg_optax as lo
-from lalerg_optax._decide import _is_lost
+from lalerg_optax._decide import _is_lost, _log_share_lost
 from lalerg_optax._judge_rule import JudgeRule
 from lalerg_optax._records import RegulatorScalars
 from lalerg_optax._scalars import pack, unpack
@@ -218,13 +218,13 @@ def test_a_step_that_is_skipped_for_its_norm_is_none_of_a_row_that_is_not_finite
 def test_a_share_of_skips_is_right_where_counters_are_full():
     """An eighth of all steps so far: of a row the second one says nothing."""
     full = np.iinfo(np.int32).max
-    last = RegulatorScalars(
-        num_accepted=full, num_skipped=full // 7, num_skips_in_a_row=1
-    )
+    last = RegulatorScalars(num_accepted=full, num_lost=full // 7, num_skips_in_a_row=1)
     second = unpack(RegulatorScalars, pack(last))
     fifth = unpack(RegulatorScalars, pack(last._replace(num_skips_in_a_row=4)))
-    assert not _is_lost(second, JudgeRule())
-    assert _is_lost(fifth, JudgeRule())
+    share = _log_share_lost(second, JudgeRule())
+    np.testing.assert_allclose(share, np.log(1 / 8), rtol=1e-5)
+    assert not _is_lost(second, share, JudgeRule())
+    assert _is_lost(fifth, share, JudgeRule())
 
 
 @pytest.mark.parametrize("num_lost", [1, 2, 3, 10])
