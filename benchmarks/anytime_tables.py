@@ -73,26 +73,28 @@ class Results(Store):
             return self.cells(task, name, stop, read)
         return self.best(task, name, stop, read)
 
-    def excess(self, task: str, name: str, stop: int, read: str) -> np.ndarray | None:
-        """Returns losses above that of AdamW tuned for this stop, in % of its drop."""
-        losses, tuned = (
-            self.losses(task, name, stop, read),
-            self.best(task, TUNED, stop),
-        )
+    def compared(
+        self, task: str, name: str, stop: int, read: str
+    ) -> tuple[np.ndarray, float] | None:
+        """Returns what counts of a row, and the loss of AdamW tuned for this stop."""
+        losses = self.losses(task, name, stop, read)
+        tuned = self.best(task, TUNED, stop)
         if losses is None or tuned is None:
             return None
-        drop = float(np.mean(self.starts[task])) - tuned.mean()
-        return (100.0 * (losses - tuned.mean()) / drop).ravel()
+        return losses.ravel(), float(tuned.mean())
+
+    def excess(self, task: str, name: str, stop: int, read: str) -> np.ndarray | None:
+        """Returns losses above that of the tuned one, in % of its drop."""
+        found = self.compared(task, name, stop, read)
+        if found is None:
+            return None
+        losses, tuned = found
+        return 100.0 * (losses - tuned) / (float(np.mean(self.starts[task])) - tuned)
 
     def ratio(self, task: str, name: str, stop: int, read: str) -> np.ndarray | None:
-        """Returns losses in units of that of AdamW tuned for this stop."""
-        losses, tuned = (
-            self.losses(task, name, stop, read),
-            self.best(task, TUNED, stop),
-        )
-        if losses is None or tuned is None:
-            return None
-        return (losses / tuned.mean()).ravel()
+        """Returns losses in units of that of the tuned one."""
+        found = self.compared(task, name, stop, read)
+        return None if found is None else found[0] / found[1]
 
     def rows(self) -> list[tuple[str, str]]:
         """Returns the rows, as optimizer and how it is read."""

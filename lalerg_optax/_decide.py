@@ -45,19 +45,20 @@ def decide(
     log_share = _log_share_lost(last, rule)
     # what is not finite is evidence, too, where two in a row would be no chance
     is_telling = rule.least_row * log_share <= rule.log_chance
-    rise = jnp.where(seen.is_usable, jnp.clip(error, 0.0, 1.0), is_telling * 1.0)
-    rise -= jnp.where(seen.is_usable | is_telling, rule.slack, 0.0)
+    rise = jnp.where(seen.is_usable, jnp.clip(error, 0.0, 1.0), 1.0) - rule.slack
+    rise = jnp.where(seen.is_usable | is_telling, rise, 0.0)
     doubt = jnp.maximum(last.doubt + rise, 0.0)
     # Only what was harmless before shows how long hard data can last.
     usual = 2.0 * last.harmless_doubt + (1.0 - rule.slack)
     most = 2.0 * rule.patience * (1.0 - rule.slack)
     needed = jnp.maximum(jnp.minimum(usual, most), rule.least_doubt)
+    is_doubted = jnp.where(
+        seen.is_usable,
+        doubt >= needed,
+        is_telling & (doubt >= rule.least_doubt) | _is_lost(last, log_share, rule),
+    )
 
     is_before = conduct <= Conduct.SUSPECT
-    needed = jnp.where(seen.is_usable, needed, rule.least_doubt)
-    is_doubted = doubt >= needed
-    is_doubted &= seen.is_usable | is_telling
-    is_doubted |= ~seen.is_usable & _is_lost(last, log_share, rule)
     is_due = is_before & is_doubted
     # Where as much was harmless before, and half of the progress is still there, it is
     # the new level.

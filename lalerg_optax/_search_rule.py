@@ -45,7 +45,8 @@ class SearchRule(NamedTuple):
       annealed_target: the target without a schedule.
       annealed_floor: exponent of the largest growth without a schedule where the loss
         is at its floor: there nothing else lowers the rate, which the next change of
-        data will meet. Chosen on *classes* of ``benchmarks/mixtures.py``.
+        data will meet. Chosen on *classes* of ``benchmarks/mixtures.py``, but *growing*
+        and *permuted* had been looked at.
       best_errors: standard errors by which an alignment has to be above the best.
       least_gain: least gain of a window for which a higher rate is worth it, in units
         of the progress at the pace so far.

@@ -243,6 +243,17 @@ def test_at_the_floor_of_the_loss_the_rate_does_not_grow():
     assert driver.rate == before
 
 
+def test_without_a_schedule_the_rate_falls_at_the_floor_of_the_loss():
+    driver = progressed(anneal=True)
+    for _ in range(12):
+        driver.window(0.1, value=1e-6, num_steps=4)
+    before = driver.rate
+    driver.window(0.1, value=1e-6, num_steps=4)
+    weight = 4 * 4 / driver.state.num_macro_steps
+    assert weight < 1.0
+    np.testing.assert_allclose(driver.rate / before, 1.5 ** (-0.5 * weight), rtol=1e-5)
+
+
 def test_losses_that_come_after_audits_without_one_begin_the_record():
     driver = Driver()
     for alignment in (0.8, 0.8, -0.8, -0.2, -0.2):
