@@ -32,7 +32,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, images):
         x = nn.Dense(WIDTH)(images)
-        x += self.param("place", nn.initializers.normal(0.5), (8, WIDTH))
+        x += self.param("place", nn.initializers.normal(0.5), (1, 8, WIDTH))
         for _ in range(2):
             q, k, v = jnp.split(nn.Dense(3 * WIDTH)(nn.LayerNorm()(x)), 3, axis=-1)
             weights = nn.softmax(q @ jnp.swapaxes(k, -1, -2) / np.sqrt(WIDTH))
