@@ -37,7 +37,9 @@ class Size(NamedTuple):
 
 SIZES = {  # by their numbers of parameters, about
     "tiny": Size(32, 2, 88, 16, 8, 64),
+    "250k": Size(64, 5, 160, 32, 4, 256),
     "1m": Size(128, 5, 352, 32, 16, 256),
+    "long": Size(128, 5, 352, 32, 2, 128),  # 1 M in small batches, for many steps
     "4m": Size(256, 5, 704, 32, 16, 256),
     "12m": Size(384, 7, 960, 64, 16, 512),
     "30m": Size(512, 9, 1472, 64, 32, 512),

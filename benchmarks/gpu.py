@@ -32,6 +32,7 @@ import decoder
 import jax
 import peers
 import scale
+import scale_tables
 import texts
 from peers import Peer
 from store import opened, options_of, publish
@@ -340,7 +341,7 @@ def report(results: Timings) -> str:
     ]
     trained = [run for run in results.runs.values() if run["part"] == "runs"]
     if trained:
-        lines += [f"## {runs.__doc__}", "", *scale.runs_table(trained)]
+        lines += [f"## {runs.__doc__}", "", *scale_tables.runs_table(trained)]
     return "\n".join(lines)
 
 

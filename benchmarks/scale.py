@@ -3,15 +3,18 @@
     python benchmarks/scale.py                             # 1 M, minutes on 2 cores
     python benchmarks/scale.py --size 4m 12m               # hours
     python benchmarks/scale.py --optimizer lalerg --rate 1e-6 1e-2
+    python benchmarks/scale.py --optimizer skipping lalerg --faults
+    python benchmarks/scale.py --size long --steps 20000
     python benchmarks/scale.py --size 30m 124m --device cuda --dtype bfloat16
     python benchmarks/scale.py --quick                     # tiny, half a minute
+    python benchmarks/scale.py --report-only               # tables and figure
 
 A run reads two bytes for every parameter, or takes ``--steps``. It may be interrupted:
 the next call goes on from its last checkpoint, which is written every two minutes to
 the folder ``--checkpoints``. The batch of a step depends on the seed and on the number
 of the step alone. What is read stands in ``texts.py``, the model in ``decoder.py``. The
 held-out loss, in nats a byte, is that of fixed windows of files that are not learnt
-from.
+from. What is stored of a run, and the tables, stand in ``scale_tables.py``.
 """
 
 import json
@@ -34,9 +37,11 @@ import peers
 import rate_free
 import texts
 from decoder import SIZES
+from fault_zoo import FAULTS, HOOKS, NONE, Fault, Plan
 from jax import lax
 from peers import Peer
-from store import Store, opened, options_of, publish, rounded, table
+from scale_tables import Runs, draw, report
+from store import opened, options_of, publish, rounded
 from texts import Text
 from train import PLAIN, stepping
 
@@ -59,9 +64,9 @@ def matrices_of(params: PyTree) -> PyTree:
     )
 
 
-def muon(rate: Any) -> Any:
-    """Returns Muon for the matrices of layers, and Adam for the rest."""
-    return optax.contrib.muon(rate, muon_weight_dimension_numbers=matrices_of)
+muon = partial(
+    optax.contrib.muon, consistent_rms=0.2, muon_weight_dimension_numbers=matrices_of
+)  # the matrices of layers, with the scale of Adam, which takes the rest
 
 
 def warmed_up(peer: Peer) -> Peer:
@@ -72,13 +77,53 @@ def warmed_up(peer: Peer) -> Peer:
 OPTIMIZERS: dict[str, tuple[Peer, float]] = {  # and the rate by default, not tuned
     "adamw": (peers.WARMED_UP, 1e-3),
     "nadamw": (warmed_up(peers.NADAMW), 1e-3),
-    "muon": (warmed_up(Peer("muon", peers.of(muon))), 1e-2),
+    "muon": (warmed_up(Peer("muon", peers.of(muon))), 3e-3),
     "prodigy": (rate_free.PRODIGY, 1.0),  # a schedule that begins at zero gives it NaN
     "schedule_free": (rate_free.SCHEDULE_FREE, 1e-3),
+    "skipping": (warmed_up(peers.SKIPPING), 1e-3),
     "regulated": (warmed_up(peers.REGULATED), 1e-3),
     "no_search": (warmed_up(peers.NO_SEARCH), 1e-3),
     "lalerg": (peers.LALERG, 1e-6),
+    "lalerg_warmed_up": (warmed_up(peers.LALERG), 1e-6),
+    "lalerg_muon": (
+        warmed_up(peers.LALERG._replace(make=peers.lalerg(micro=muon(1.0)))),
+        1e-6,
+    ),
+    "lalerg_average": (
+        peers.LALERG._replace(
+            make=peers.lalerg(average=True),
+            schedule=peers.as_it_is,
+            eval_params=lo.eval_params,
+        ),
+        1e-6,
+    ),
 }
+
+# Faults
+
+BY_NAME = {fault.name: fault for fault in FAULTS}
+TEXT_POISON = Fault("random bytes, 20 steps", "poisoned batches", {"poison": 1}, 20)
+STRUCK = {  # in the course of a run with faults, by the share of it that is over
+    0.2: BY_NAME["gradient nan in one entry, 1 step"],
+    0.3: BY_NAME["gradient x 1e6, 3 steps"],
+    0.4: BY_NAME["gradient x -100, 10 steps"],
+    0.5: BY_NAME["parameter: top exponent bit flipped"],
+    0.6: BY_NAME["update x -100, 3 steps"],
+    0.7: TEXT_POISON,
+}
+PLACE = 12_345  # chooses the leaf and the entry that are hit
+
+
+def plan_of(num_steps: int) -> Plan:
+    """Returns what happens at every step of a run with faults."""
+    plan = NONE.plan(0, num_steps)
+    plan.place[:] = PLACE
+    for share, fault in STRUCK.items():
+        first = int(share * num_steps)
+        for name, value in fault.what.items():
+            getattr(plan, name)[first : first + fault.length] = value
+    return plan
+
 
 # A run
 
@@ -93,6 +138,7 @@ class Run(NamedTuple):
       seed: of params and batches.
       num_steps: after which the schedule ends.
       dtype: of the matrix products.
+      has_faults: whether it is struck by the faults of `STRUCK`.
     """
 
     size: str
@@ -101,6 +147,7 @@ class Run(NamedTuple):
     seed: int
     num_steps: int
     dtype: str = "float32"
+    has_faults: bool = False
 
 
 class Seen(NamedTuple):
@@ -111,12 +158,14 @@ class Seen(NamedTuple):
       train: mean loss of the piece.
       held_out: loss of a few held-out batches.
       seconds: that the piece took.
+      macro_rate: of an optimizer that has one, else 1.
     """
 
     step: int
     train: float
     held_out: float
     seconds: float
+    macro_rate: float = 1.0
 
 
 def whole_pieces(num_steps: float) -> int:
@@ -151,9 +200,11 @@ def beginning(run: Run) -> tuple[PyTree, PyTree, PyTree]:
 
 
 def piece_of(run: Run) -> Any:
-    """Returns the jitted (carry, number of the first step, text) to (carry, loss)."""
+    """Returns the jitted (carry, first step, text) to (carry, loss) of a piece."""
     size, (peer, _) = SIZES[run.size], OPTIMIZERS[run.optimizer]
     key = jax.random.key(run.seed + 1)
+    hooks = (HOOKS if run.has_faults else PLAIN)._replace(apply=peer.apply)
+    plan = plan_of(run.num_steps) if run.has_faults else None
 
     def piece(carry: PyTree, first: jax.Array, text: jax.Array) -> PyTree:
         def gradient(params: PyTree, rest: PyTree, i: jax.Array, now: Any) -> PyTree:
@@ -161,15 +212,18 @@ def piece_of(run: Run) -> Any:
             draw = jax.random.fold_in(key, i)
             starts = jax.random.randint(draw, (size.batch,), 0, most)
             tokens = windows(text, starts, size.length)
+            if now is not None:
+                noise = jax.random.randint(draw, tokens.shape, 0, decoder.NUM_TOKENS)
+                tokens = jnp.where(now.poison > 0, noise, tokens)
             loss, grads = jax.value_and_grad(decoder.loss_of)(
                 params, tokens, size, run.dtype
             )
             return (loss, rest), grads
 
-        step = stepping(
-            peer.at(run.rate, run.num_steps), gradient, PLAIN._replace(apply=peer.apply)
-        )
-        carry, losses = lax.scan(step, carry, (first + jnp.arange(PIECE), None))
+        step = stepping(peer.at(run.rate, run.num_steps), gradient, hooks)
+        steps = first + jnp.arange(PIECE)
+        now = jax.tree.map(lambda a: jnp.asarray(a)[steps], plan)
+        carry, losses = lax.scan(step, carry, (steps, now))
         return carry, losses.mean()
 
     return jax.jit(piece, donate_argnums=0)
@@ -242,6 +296,11 @@ class Saver:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def metrics_of(run: Run, carry: PyTree) -> dict[str, Any]:
+    """Returns the metrics of an optimizer of this library; of others none."""
+    return lo.metrics(carry[2]) if OPTIMIZERS[run.optimizer][0].is_own else {}
+
+
 def tell(run: Run, now: Seen) -> None:
     """Prints how far a run has come."""
     left = now.seconds / PIECE * (run.num_steps - now.step) / 60
@@ -284,7 +343,8 @@ def train_run(
         loss = float(jax.block_until_ready(loss))
         seconds = time.perf_counter() - started
         held = float(look(carry, held_out, LOOK))
-        seen.append(Seen(start + PIECE, loss, held, round(seconds, 4)))
+        macro_rate = float(metrics_of(run, carry).get("macro_rate", 1.0))
+        seen.append(Seen(start + PIECE, loss, held, round(seconds, 4), macro_rate))
         told(run, seen[-1])
         is_stopped = is_over() and seen[-1].step < run.num_steps
         if saver is not None and (is_stopped or saver.is_due()):
@@ -292,9 +352,10 @@ def train_run(
         if is_stopped:
             break
     pace = statistics.median(now.seconds for now in seen)
-    state = carry[2]
-    counts = ("num_skipped", "num_bounded", "num_reverts", "macro_rate")
-    metrics = lo.metrics(state) if OPTIMIZERS[run.optimizer][0].is_own else {}
+    counts, metrics = (
+        ("num_skipped", "num_bounded", "num_reverts"),
+        metrics_of(run, carry),
+    )
     steps = seen[-1].step
     return {
         "num_params": num_params,
@@ -305,18 +366,15 @@ def train_run(
         "held_out_loss": rounded(float(look(carry, held_out, LAST_LOOK))),
         "bytes_per_second": round(PIECE * size.batch * size.length / pace),
         "step_milliseconds": rounded(1e3 * pace / PIECE),
-        **{name: float(metrics[name]) for name in counts if name in metrics},
-        "seen": [[now.step, rounded(now.train), rounded(now.held_out)] for now in seen],
+        **{name: int(metrics[name]) for name in counts if name in metrics},
+        "seen": [
+            [now.step, *map(rounded, (now.train, now.held_out, now.macro_rate))]
+            for now in seen
+        ],
     }
 
 
-# What is run, and its table
-
-
-class Runs(Store):
-    """Runs that have ended."""
-
-    identity = ("size", "optimizer", "rate", "seed")
+# What is run
 
 
 def run_all(results: Runs, options: Any) -> None:
@@ -325,7 +383,7 @@ def run_all(results: Runs, options: Any) -> None:
     sizes = ["tiny"] if options.quick else options.size
     folder = options.checkpoints or results.path.with_suffix("")
     wanted = [
-        Run(size, name, rate, seed, 0, options.dtype)
+        Run(size, name, rate, seed, 0, options.dtype, options.faults)
         for size in sizes
         for name in options.optimizer
         for rate in options.rate or [OPTIMIZERS[name][1]]
@@ -335,58 +393,12 @@ def run_all(results: Runs, options: Any) -> None:
         default = 2 * PIECE if options.quick else steps_of(run.size)
         num_steps = whole_pieces(options.steps or default)
         run = run._replace(num_steps=num_steps)
-        key = (run.size, run.optimizer, run.rate, run.seed)
+        key = (run.size, run.optimizer, run.rate, run.seed, run.has_faults)
         cells = {"num_steps": num_steps, "dtype": run.dtype, "digest": text.digest}
         saver = Saver(folder / "-".join(map(str, key)))
         measured = partial(train_run, run, text, saver=saver)
         results.measure(key, cells, measured, options.force)
         saver.remove()
-
-
-COLUMNS = {
-    "size": "size",
-    "optimizer": "optimizer",
-    "rate": "rate",
-    "seed": "seed",
-    "num_params": "parameters",
-    "steps": "steps",
-    "bytes_read": "bytes read",
-    "train_loss": "training loss",
-    "held_out_loss": "held-out loss",
-    "step_milliseconds": "ms a step",
-    "num_reverts": "reverts",
-    "num_skipped": "skips",
-}
-
-
-def as_text(name: str, value: Any) -> str:
-    """Returns a cell of the table."""
-    if value is None:
-        return ""
-    if name.endswith("loss"):
-        return f"{value:.3f}"
-    if isinstance(value, int) and name != "seed":
-        return f"{value:,}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def runs_table(entries: list[dict[str, Any]]) -> list[str]:
-    """Returns a row for each run."""
-    rows = [[as_text(name, entry.get(name)) for name in COLUMNS] for entry in entries]
-    return table(list(COLUMNS.values()), rows)
-
-
-def report(results: Runs) -> str:
-    """Returns everything as Markdown."""
-    lines = [
-        "# Larger models",
-        "",
-        f"{results.made()} A decoder-only transformer on source code by bytes; losses "
-        "in nats a byte, the held-out one on other files.",
-        "",
-        *runs_table(list(results.runs.values())),
-    ]
-    return "\n".join(lines)
 
 
 def with_runs(parser: ArgumentParser) -> None:
@@ -399,6 +411,7 @@ def with_runs(parser: ArgumentParser) -> None:
     parser.add_argument("--rate", nargs="+", type=float, help="of its own by default")
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, help="by default two bytes a parameter")
+    parser.add_argument("--faults", action="store_true", help="strike runs with faults")
     parser.add_argument("--text", choices=texts.SOURCES, default="stdlib")
     parser.add_argument("--dtype", default="float32", help="of the matrix products")
     parser.add_argument("--checkpoints", type=Path, help="a folder, beside the results")
@@ -410,7 +423,7 @@ def main() -> None:
     results = opened(Runs, "scale", options)
     if not options.report_only:
         run_all(results, options)
-    publish(results, report(results))
+    publish(results, report(results), draw)
 
 
 if __name__ == "__main__":
