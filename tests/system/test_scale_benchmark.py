@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from helpers.benchmarks import benchmark
 
-decoder, scale, texts = (benchmark(name) for name in ("decoder", "scale", "texts"))
+decoder, scale, scale_tables, texts = (
+    benchmark(name) for name in ("decoder", "scale", "scale_tables", "texts")
+)
 TINY = decoder.SIZES["tiny"]
 
 
@@ -27,7 +29,7 @@ def test_a_text_that_is_not_known_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("1m", 1), ("4m", 4), ("12m", 12), ("30m", 30), ("124m", 124)],
+    [("250k", 0.25), ("1m", 1), ("4m", 4), ("12m", 12), ("30m", 30), ("124m", 124)],
 )
 def test_a_size_is_as_large_as_its_name_says(name, millions):
     assert scale.num_params_of(name) == pytest.approx(1e6 * millions, rel=0.05)
@@ -72,3 +74,70 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path, optimiz
     other = run._replace(rate=1e-2)
     scale.train_run(other, text, lambda: True, scale.Saver(tmp_path / "run"), told)
     assert steps[-1] == 20
+
+
+def test_a_run_with_faults_is_struck_by_each_of_them():
+    plan = scale.plan_of(200)
+    struck = {"grad_term": 40, "grad_factor": 60, "flip": 100, "update_factor": 120}
+    for name, first in (struck | {"poison": 140}).items():
+        field = getattr(plan, name)
+        assert np.flatnonzero(field != field[0])[0] == first, name
+    # a leaf that every byte goes through
+    params = decoder.init(jax.random.key(0), TINY)
+    hit = scale.HOOKS.strike(params, (), jax.tree.map(lambda a: a[100], plan))[0]
+    assert jnp.all(hit["embedding"] == params["embedding"])
+    changed = jax.tree.map(lambda a, b: int(jnp.sum(a != b)), hit, params)
+    assert sum(jax.tree.leaves(changed)) == 1
+
+
+def entry(optimizer, rate, loss, seed=0, macro_rate=1.0, **more):
+    run = {"optimizer": optimizer, "rate": rate, "seed": seed, "held_out_loss": loss}
+    told = {"size": "tiny", "steps": 40, "num_params": 9, "stopped": False}
+    seen = [[step, loss, loss, macro_rate] for step in (20, 40)]
+    extra = {"has_faults": False, "seen": seen, "step_milliseconds": 7.0}
+    return run | told | extra | more
+
+
+def counts(**more):
+    return {"num_skipped": 1, "num_bounded": 0, "num_reverts": 2} | more
+
+
+def test_runs_are_compared_with_adamw_at_its_best_rate():
+    start = float(np.log(256.0))
+    best = start - 4.0
+    found = [
+        entry("adamw", 1e-3, best + 0.2),
+        entry("adamw", 1e-2, best - 0.1, seed=0),
+        entry("adamw", 1e-2, best + 0.1, seed=1),
+        entry("adamw", 1e-1, None),  # not finite: as stored
+        entry("lalerg", 1e-6, best + 0.04, macro_rate=4e3, **counts()),
+        entry("no_search", 1e-2, best - 0.08, **counts(has_faults=True)),
+    ]
+    assert scale_tables.tuned_of(found) == (1e-2, pytest.approx(best))
+    rows = [row.split(" | ") for row in scale_tables.size_table(found)[2:-1]]
+    rows = {(row[0].strip("| "), row[1]): row for row in rows}
+    assert rows["lalerg", "1e-06"][4:9] == ["+1.00", "4.0e-03", "1", "0", "2"]
+    assert rows["no_search, faults", "0.01"][4:6] == ["-2.00", ""]
+    assert rows["adamw", "0.01"][2:5] == ["2", f"{best:.3f}", "+0.00 +- 3.54"]
+    assert rows["adamw", "0.1"][4] == "dead"
+
+
+def test_runs_of_other_lengths_stand_in_tables_of_their_own(tmp_path):
+    results = scale_tables.Runs(tmp_path / "scale.json")
+    some = [
+        entry("adamw", 1e-2, 2.0) | {"steps": 80},
+        entry("lalerg", 1e-6, 2.5, macro_rate=1e3, **counts()),
+        entry("adamw", 1e-2, 3.0),
+        entry("adamw", 1e-3, 4.0, seed=1) | {"stopped": True},
+    ]
+    results.runs = {(i,): run for i, run in enumerate(some)}
+    groups = results.groups()
+    assert {key: len(runs) for key, runs in groups.items()} == {
+        ("tiny", 40): 2,
+        ("tiny", 80): 1,
+    }
+    (short, long) = scale_tables.transfer_table(results)[2:-1]
+    assert "| 1.0e-03 to 1.0e-03 | -19.64 |" in short
+    assert long.startswith("| tiny | 9 | 80 | 0.01 | 2.000 |  |  |")
+    scale_tables.draw(results, tmp_path / "scale.png")
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
