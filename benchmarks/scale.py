@@ -1,6 +1,7 @@
 """Does it hold for larger models: a decoder-only transformer on text by bytes.
 
     python benchmarks/scale.py                             # 1 M, minutes on 2 cores
+    python benchmarks/scale.py --table                     # what docs show, 3 hours
     python benchmarks/scale.py --size 4m 12m               # hours
     python benchmarks/scale.py --optimizer lalerg --rate 1e-6 1e-2
     python benchmarks/scale.py --optimizer skipping lalerg --faults
@@ -377,24 +378,82 @@ def train_run(
 # What is run
 
 
+class Sweep(NamedTuple):
+    """Runs of an optimizer: all rates with all seeds."""
+
+    size: str
+    optimizer: str
+    rates: tuple[float, ...]
+    num_seeds: int = 1
+    num_steps: int = 0  # two bytes a parameter
+    has_faults: bool = False
+
+
+small = partial(Sweep, "tiny", num_seeds=3, num_steps=2000)
+TABLE = (  # what the tables of the documentation hold
+    small("adamw", (1e-3, 3e-3, 1e-2, 3e-2)),
+    small("no_search", (3e-3, 1e-2)),
+    small("regulated", (3e-3, 3e-2)),
+    small("lalerg", (1e-6, 1.0)),
+    small("lalerg_warmed_up", (1e-6, 1.0)),
+    small("muon", (3e-3, 1e-2)),
+    small("lalerg_muon", (1e-6,)),
+    small("lalerg_average", (1e-6,)),
+    small("lalerg", (1e-6,), has_faults=True),
+    small("no_search", (3e-3,), has_faults=True),
+    small("regulated", (3e-3,), has_faults=True),
+    small("skipping", (3e-3,), has_faults=True),
+    Sweep("250k", "adamw", (1e-3, 3e-3)),
+    Sweep("1m", "adamw", (1e-3, 3e-3, 1e-2)),
+    Sweep("1m", "no_search", (3e-3,), has_faults=True),
+    *(
+        Sweep(size, name, rates)
+        for size in ("250k", "1m")
+        for name, rates in {
+            "no_search": (3e-3,),
+            "lalerg": (1e-6,),
+            "lalerg_warmed_up": (1e-6,),
+        }.items()
+    ),
+)
+
+
+def runs_of(options: Any) -> list[Run]:
+    """Returns what is to be run."""
+    sweeps = [
+        Sweep(
+            size,
+            name,
+            tuple(options.rate or [OPTIMIZERS[name][1]]),
+            num_steps=2 * PIECE if options.quick else options.steps,
+            has_faults=options.faults,
+        )
+        for size in (["tiny"] if options.quick else options.size)
+        for name in options.optimizer
+    ]
+    return [
+        Run(
+            sweep.size,
+            sweep.optimizer,
+            rate,
+            seed,
+            whole_pieces(sweep.num_steps or steps_of(sweep.size)),
+            options.dtype,
+            sweep.has_faults,
+        )
+        for sweep in (TABLE if options.table else sweeps)
+        for rate in sweep.rates
+        for seed in (range(sweep.num_seeds) if options.table else options.seed)
+    ]
+
+
 def run_all(results: Runs, options: Any) -> None:
     """Trains and stores what is not stored yet."""
     text = texts.text_of(options.text)
-    sizes = ["tiny"] if options.quick else options.size
     folder = options.checkpoints or results.path.with_suffix("")
-    wanted = [
-        Run(size, name, rate, seed, 0, options.dtype, options.faults)
-        for size in sizes
-        for name in options.optimizer
-        for rate in options.rate or [OPTIMIZERS[name][1]]
-        for seed in options.seed
-    ]
-    for run in wanted:
-        default = 2 * PIECE if options.quick else steps_of(run.size)
-        num_steps = whole_pieces(options.steps or default)
-        run = run._replace(num_steps=num_steps)
-        key = (run.size, run.optimizer, run.rate, run.seed, run.has_faults)
-        cells = {"num_steps": num_steps, "dtype": run.dtype, "digest": text.digest}
+    for run in runs_of(options):
+        key = (*run[:4], run.has_faults, run.num_steps)
+        cells = {"dtype": run.dtype, "digest": text.digest}
         saver = Saver(folder / "-".join(map(str, key)))
         measured = partial(train_run, run, text, saver=saver)
         results.measure(key, cells, measured, options.force)
@@ -410,7 +469,10 @@ def with_runs(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--rate", nargs="+", type=float, help="of its own by default")
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, help="by default two bytes a parameter")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="by default two bytes a parameter"
+    )
+    parser.add_argument("--table", action="store_true", help="all that docs show")
     parser.add_argument("--faults", action="store_true", help="strike runs with faults")
     parser.add_argument("--text", choices=texts.SOURCES, default="stdlib")
     parser.add_argument("--dtype", default="float32", help="of the matrix products")

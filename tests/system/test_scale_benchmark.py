@@ -114,8 +114,9 @@ def test_runs_are_compared_with_adamw_at_its_best_rate():
         entry("no_search", 1e-2, best - 0.08, **counts(has_faults=True)),
     ]
     assert scale_tables.tuned_of(found) == (1e-2, pytest.approx(best))
-    rows = [row.split(" | ") for row in scale_tables.size_table(found)[2:-1]]
-    rows = {(row[0].strip("| "), row[1]): row for row in rows}
+    lines = scale_tables.size_table(found)[2:-1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    rows = {(row[0], row[1]): row for row in rows}
     assert rows["lalerg", "1e-06"][4:9] == ["+1.00", "4.0e-03", "1", "0", "2"]
     assert rows["no_search, faults", "0.01"][4:6] == ["-2.00", ""]
     assert rows["adamw", "0.01"][2:5] == ["2", f"{best:.3f}", "+0.00 +- 3.54"]
