@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 import lalerg_optax as lo
 
@@ -96,8 +97,13 @@ adamw = partial(optax.adamw, weight_decay=WEIGHT_DECAY)
 def skip_step(inner: optax.GradientTransformation, window: int = 128) -> Any:
     """The skip-step rule of MaxText, levanter and OLMo, restated.
 
-    The update is zeroed if loss or gradient norm exceeds the mean plus six standard
-    deviations of the last 128 steps.
+    Where loss or gradient norm exceeds the mean plus six standard deviations
+    (Bessel's) of the last 128 steps, the update is zero and ``inner`` keeps its state.
+    It begins when half of the window is full; every value is recorded, also NaN.
+
+    References:
+      ``skip_step_on_spikes`` in `AI-Hypercomputer/maxtext
+      <https://github.com/AI-Hypercomputer/maxtext>`_.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -109,10 +115,17 @@ def skip_step(inner: optax.GradientTransformation, window: int = 128) -> Any:
     ) -> PyTree:
         recent, count, inner_state = state
         now = jnp.stack([value, optax.tree.norm(updates)])
-        limit = recent.mean(axis=1) + 6.0 * recent.std(axis=1)
-        is_good = jnp.all(now <= limit) | (count < window)
-        updates, inner_state = inner.update(updates, inner_state, params, **extra)
-        updates = jax.tree.map(lambda u: jnp.where(is_good, u, 0), updates)
+        number = jnp.minimum(count, window)
+        is_there = (jnp.arange(window) < number)[None]
+        mean = recent.sum(axis=1, where=is_there) / jnp.maximum(number, 1)
+        squares = jnp.square(recent - mean[:, None]).sum(axis=1, where=is_there)
+        std = jnp.sqrt(squares / jnp.maximum(number - 1, 1))
+        is_good = jnp.all(now <= mean + 6.0 * std) | (count + 1 < max(2, window // 2))
+        updates, inner_state = lax.cond(
+            is_good,
+            lambda: inner.update(updates, inner_state, params, **extra),
+            lambda: (optax.tree.zeros_like(updates), inner_state),
+        )
         recent = recent.at[:, count % window].set(now)
         return updates, (recent, count + 1, inner_state)
 

@@ -1,5 +1,6 @@
 """Rules of others that the benchmarks restate do what their papers say."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,18 +117,37 @@ def test_zclip_is_its_rule():
 
 @pytest.mark.parametrize(
     ("name", "limit"),
-    [("skip_step", 2.0 + 6.0 * 0.5**0.5), ("mad_step", 2.0 + 6.0 * 1.4826 * 0.5)],
+    [
+        ("skip_step", 2.0 + 6.0 * (2.0 / 3.0) ** 0.5),
+        ("mad_step", 2.0 + 6.0 * 1.4826 * 0.5),
+    ],
 )
 def test_a_rule_that_skips_has_its_limit(name, limit):
     tx = getattr(benchmark("peers"), name)(optax.sgd(1.0), window=4)
     state, grad = tx.init(jnp.ones(2)), jnp.array([0.6, -0.8])
-    for value in (1.0, 2.0, 3.0, 2.0):
+    for value in (3.0, 2.0, 1.0, 2.0):
         updates, state = tx.update(grad, state, value=value)
         np.testing.assert_allclose(updates, -grad)
     below, _ = tx.update(grad, state, value=limit - 0.01)
     above, _ = tx.update(grad, state, value=limit + 0.01)
     np.testing.assert_allclose(below, -grad)
     np.testing.assert_allclose(above, 0.0)
+
+
+def test_a_step_that_is_skipped_leaves_the_moments_as_they_were():
+    tx = benchmark("peers").skip_step(optax.adam(0.1), window=4)
+    state, grad = tx.init(jnp.ones(2)), jnp.array([0.6, -0.8])
+    for value in (3.0, 2.0, 1.0, 2.0):
+        _, state = tx.update(grad, state, value=value)
+    before = state[2]
+    updates, state = tx.update(jnp.nan * grad, state, value=2.0)
+    np.testing.assert_array_equal(updates, 0.0)
+    chex.assert_trees_all_equal(state[2], before)
+    for _ in range(4):  # until the window has forgotten it
+        updates, state = tx.update(grad, state, value=2.0)
+        np.testing.assert_array_equal(updates, 0.0)
+    updates, _ = tx.update(grad, state, value=2.0)
+    assert jnp.all(updates != 0.0)
 
 
 def test_the_average_of_dog_is_polynomial():
