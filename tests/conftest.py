@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -34,6 +35,8 @@ if CACHE not in os.environ:  # what is set here is for workers and other process
     atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
 
+TIME_IS_UP = float(os.environ.get("TESTS_UNTIL", "inf"))  # in seconds of time.time()
+
 # The same examples on every machine and day; a hundred times as many of them with
 # pytest tests/contract/test_properties.py --hypothesis-profile=slow
 settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True)
@@ -49,6 +52,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
+    if time.time() > TIME_IS_UP:
+        pytest.skip("the time is up: TESTS_UNTIL")
     is_quick = IS_QUICK and item.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", is_quick)
 
