@@ -179,6 +179,7 @@ def report_of(
         rise_error=look.rise_error,
         reach=look.reach,
         is_restart=decision.is_new_revert & ~is_started,
+        base_rate=last.base_rate,
     )
     return {
         "verdict": verdict,

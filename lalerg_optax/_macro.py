@@ -10,10 +10,12 @@ from jax import lax
 from ._checks import MISSING, as_loss, check_range, check_state_type, given
 from ._gate import open_gate
 from ._mapped import mapped_axes, spread
+from ._numbers import LARGEST
 from ._scalars import Scalars, count_if, pack, read, unpack
 from ._search import harm, step
 from ._search_rule import MacroScalars, Phase, SearchRule
 from ._verdict import Audit
+from ._warm_up import without_growth
 from ._windows import choose, observe
 
 
@@ -47,7 +49,8 @@ def with_rate_found(
 
     The alignment at smaller rates and the loss at the start were never seen. The best
     alignment is taken to be 1, the largest cosine: an alignment clearly above a half
-    causes a leap, and otherwise the loss alone steers.
+    causes a leap, and otherwise the loss alone steers. The schedule is trusted, also
+    where it goes on growing.
 
     Args:
       state: a state of `scale_by_macro_rate`.
@@ -60,6 +63,7 @@ def with_rate_found(
             known._replace(
                 phase=int(Phase.STEER),
                 best_alignment=1.0,
+                top_rate=LARGEST,
                 num_macro_steps=num_steps,
             )
         )
@@ -123,6 +127,7 @@ def scale_by_macro_rate(
         r \leftarrow growth^{\rho} \; r \quad \text{(search)}, \qquad
         r \leftarrow slow\_growth^{\,w e} \; r \quad \text{(found)}
 
+    From then on a schedule that grows, a warm-up, does not raise the product of both.
     All phases and equations: ``docs/algorithm.md``. Used alone, it compares the mean
     losses of windows. A step that is not accepted gives a zero update.
 
@@ -180,7 +185,8 @@ def scale_by_macro_rate(
             last = last._replace(phase=phase)
             if is_harmful is not None:
                 last = choose(is_harmful, harm(last, audit, rule), last)
-            seen = observe(last, None if value is None else loss)
+            seen = last if audit is None else without_growth(last, audit.base_rate)
+            seen = observe(seen, None if value is None else loss)
             taken = step(seen, audit, rule, has_value=value is not None)
             known = choose(is_open, taken, last)
         known = known._replace(

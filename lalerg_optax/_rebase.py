@@ -31,9 +31,9 @@ _KEPT_BY_REGULATOR = (
 )
 # losses, on the other hand, begin again
 _KEPT_BY_MACRO = (
-    *("macro_rate", "avg_alignment", "alignment_spread", "alignment_noise", "phase"),
+    *("macro_rate", "top_rate", "avg_alignment", "alignment_spread", "phase"),
     *("best_alignment", "avg_rise", "avg_rise_error", "num_audits", "num_macro_held"),
-    "num_macro_steps",
+    *("num_macro_steps", "alignment_noise"),
 )
 
 

@@ -105,6 +105,7 @@ class MacroScalars(NamedTuple):
 
     Attributes:
       macro_rate: factor of the updates, in [2^-40, 2^40], float32.
+      top_rate: the highest rate of the schedule since the rate was found, float32.
       avg_alignment: estimate of the alignment, from all audits, float32.
       alignment_spread: its variance, if it may drift between audits, float32.
       alignment_noise: its variance from the noise of looks alone, float32.
@@ -133,6 +134,7 @@ class MacroScalars(NamedTuple):
     """
 
     macro_rate: Any = 1.0
+    top_rate: Any = 0.0
     avg_alignment: Any = 0.0
     alignment_spread: Any = 0.0
     alignment_noise: Any = 0.0

@@ -76,6 +76,8 @@ class Audit(NamedTuple):
         sends them back to the start of the run; otherwise 0, float32 scalar.
       is_restart: whether params go back to where the run began because no audit was
         good yet, bool scalar: everything learnt on the way is void.
+      base_rate: learning rate of this step without macro rate and damping, which a
+        schedule changes; negative where it is not known, float32 scalar.
     """
 
     is_taken: jax.Array
@@ -85,3 +87,4 @@ class Audit(NamedTuple):
     rise_error: jax.Array
     reach: jax.Array
     is_restart: jax.Array
+    base_rate: jax.Array

@@ -75,6 +75,11 @@ class Case(NamedTuple):
     level: float = 1e8  # of the gradient for good, where there is no loss
 
 
+def warm_up(count):
+    """Goes on long after the rate was found, and then comes back once."""
+    return jnp.float32(0.02) * jnp.minimum(1 + count % 150, 100)
+
+
 def sgd(learning_rate, momentum):
     return reference.Chain(
         reference.Momentum(momentum), reference.LearningRate(learning_rate)
@@ -110,8 +115,8 @@ CASES = {
         lambda p: reference.lalerg(1e-4, clip_norm=1.0, anchor_every=6, params=p),
     ),
     "lalerg with a schedule": Case(
-        lambda: lo.lalerg(lambda count: 0.1),
-        lambda p: reference.lalerg(lambda count: 0.1, params=p),
+        lambda: lo.lalerg(warm_up),
+        lambda p: reference.lalerg(lambda count: float(warm_up(count)), params=p),
     ),
     "lalerg with AdaGrad, rate far too high": Case(
         lambda: lo.lalerg(9.0, micro=lo.scale_by_micro_rate(**ADAGRAD)),

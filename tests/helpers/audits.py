@@ -13,7 +13,13 @@ ACCEPT, REVERT = jnp.int32(Verdict.ACCEPT), jnp.int32(Verdict.REVERT)
 
 
 def make_audit(
-    alignment=None, error=0.0, reach=0.0, is_restart=False, rise=0.0, rise_error=0.0
+    alignment=None,
+    error=0.0,
+    reach=0.0,
+    is_restart=False,
+    rise=0.0,
+    rise_error=0.0,
+    base_rate=1.0,
 ):
     return Audit(
         is_taken=jnp.asarray(alignment is not None),
@@ -23,6 +29,7 @@ def make_audit(
         rise_error=jnp.float32(rise_error),
         reach=jnp.float32(reach),
         is_restart=jnp.asarray(is_restart),
+        base_rate=jnp.float32(base_rate),
     )
 
 
@@ -38,6 +45,7 @@ class Driver:
     def __init__(self, **hyperparameters):
         init, self._update = _level(**hyperparameters)
         self.state = init(jnp.ones(1))
+        self.base_rate = 1.0  # of the schedule
 
     @property
     def rate(self):
@@ -58,7 +66,10 @@ class Driver:
         length=1.0,
     ):
         rise = 0.0 if alignment is None else -length * alignment
-        audit = make_audit(alignment, error, reach, harm, rise, length * error)
+        noise = length * error
+        audit = make_audit(
+            alignment, error, reach, harm, rise, noise, base_rate=self.base_rate
+        )
         _, self.state = self._update(
             jnp.ones(1),
             self.state,

@@ -143,7 +143,11 @@ class MacroRate:
         backoff_factor=0.5,
         good_alignment=0.25,
         audit_every=16,
+        schedule=lambda count: None,
     ):
+        self.schedule = schedule
+        self.count = 0  # of the schedule
+        self.top_rate = None  # the highest since the rate was found
         self.search = search
         self.anneal = anneal
         self.growth_factor = growth_factor
@@ -178,6 +182,8 @@ class MacroRate:
         """
         if self.search and is_harmful:
             self.harm(getattr(audit, "reach", 0.0))
+        base_rate = self.schedule(self.count)
+        self.count += 1
         if verdict is None:
             loss_is_finite = value is None or math.isfinite(value)
             is_open = loss_is_finite and math.isfinite(global_norm(updates))
@@ -187,6 +193,7 @@ class MacroRate:
             self.num_macro_held += 1
             return np.zeros_like(params)
         if self.search:
+            self.hold(base_rate)
             self.has_value = value is not None
             if self.has_value and None in self.window[:1]:
                 self.window = []  # none of its steps had a loss
@@ -208,6 +215,16 @@ class MacroRate:
         self.macro_rate = min(max(factor * self.macro_rate, 1 / MAX_RATE), MAX_RATE)
         self.avg_rise *= factor**2
         self.rise_noise *= factor**4
+
+    def hold(self, base_rate):
+        """Makes up for a schedule that grows although the rate was found."""
+        if base_rate is None:
+            return
+        if self.phase == STEER and base_rate > self.top_rate:
+            self.macro_rate *= self.top_rate / base_rate
+        else:
+            base_rate = self.top_rate if self.phase == STEER else base_rate
+        self.top_rate = base_rate
 
     def harm(self, reach):
         if self.phase in (START, RESTARTED):
@@ -1004,11 +1021,14 @@ def lalerg(
     threshold=6.0,
     anchor_every=32,
 ):
+    schedule = learning_rate if callable(learning_rate) else lambda count: None
     return ErrorRegulate(
         Chain(
             micro or MicroRate(b1, b2, eps),
             AddDecayedWeights(weight_decay),
-            MacroRate(search=search, anneal=not callable(learning_rate)),
+            MacroRate(
+                search=search, anneal=not callable(learning_rate), schedule=schedule
+            ),
             LearningRate(learning_rate),
         ),
         params=params,
