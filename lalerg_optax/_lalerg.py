@@ -37,8 +37,9 @@ def lalerg(
     r"""Two-Level Adaptive Learning with Error-Regulated Gradient (2LALERG).
 
     Args:
-      learning_rate: a float, at least 0, or an Optax schedule, which keeps its shape.
-        With ``search`` it need not be right: the rate that is found multiplies it.
+      learning_rate: a float, at least 0, or an Optax schedule. With ``search`` it need
+        not be right: the rate that is found multiplies it, and a schedule keeps its
+        shape, but does not grow above what it was when the rate was found.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1), or a pair: see `scale_by_micro_rate`.
       eps: added to the root of the second moment, at least 0.
