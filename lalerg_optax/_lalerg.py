@@ -38,8 +38,7 @@ def lalerg(
 
     Args:
       learning_rate: a float, at least 0, or an Optax schedule. With ``search`` it need
-        not be right: the rate that is found multiplies it, and a schedule keeps its
-        shape, but does not grow above what it was when the rate was found.
+        not be right: it is multiplied by what is found, and does not grow from then on.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1), or a pair: see `scale_by_micro_rate`.
       eps: added to the root of the second moment, at least 0.
