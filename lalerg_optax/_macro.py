@@ -183,10 +183,11 @@ def scale_by_macro_rate(
             is_begun = last.num_macro_steps > 0
             phase = jnp.where(is_begun, last.phase, Phase.START).astype(jnp.int32)
             last = last._replace(phase=phase)
+            if audit is not None:
+                last = without_growth(last, audit.base_rate, rule)
             if is_harmful is not None:
                 last = choose(is_harmful, harm(last, audit, rule), last)
-            seen = last if audit is None else without_growth(last, audit.base_rate)
-            seen = observe(seen, None if value is None else loss)
+            seen = observe(last, None if value is None else loss)
             taken = step(seen, audit, rule, has_value=value is not None)
             known = choose(is_open, taken, last)
         known = known._replace(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ._numbers import LARGEST
+from ._scalars import as_vector
 from ._search_rule import MacroScalars, Phase, SearchRule
 from ._verdict import Audit
 from ._windows import share, weight
@@ -19,8 +20,8 @@ def averaged(state: MacroScalars, audit: Audit, rule: SearchRule) -> MacroScalar
     is_first = state.num_windows == 0  # losses may come later than audits
     new_loss = jnp.where(is_first, 1.0, new)
     unit = state.macro_rate**2
-    rise = jnp.clip(audit.rise / unit, -LARGEST, LARGEST)
-    error = jnp.minimum(audit.rise_error / unit, LARGEST)
+    rises = as_vector([audit.rise, audit.rise_error]) / unit  # one kernel
+    rise, error = jnp.clip(rises, -LARGEST, LARGEST)
     return state._replace(
         avg_rise=state.avg_rise + new * (rise - state.avg_rise),
         avg_rise_error=jnp.hypot((1.0 - new) * state.avg_rise_error, new * error),

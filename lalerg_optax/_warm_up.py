@@ -3,13 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from ._numbers import LARGEST, ratio
-from ._search_rule import MacroScalars, Phase
+from ._numbers import LARGEST
+from ._scalars import as_vector
+from ._search_rule import MacroScalars, Phase, SearchRule
 
-_LEAST = 1e-15  # its square is not zero in float32
+_MOST = 1e15  # its square is finite in float32
 
 
-def without_growth(state: MacroScalars, base_rate: jax.Array) -> MacroScalars:
+def without_growth(
+    state: MacroScalars, base_rate: jax.Array, rule: SearchRule
+) -> MacroScalars:
     r"""Returns the state with a macro rate that makes up for a schedule's growth.
 
     With :math:`\eta_t` the rate of the schedule at this step, and :math:`\hat\eta` the
@@ -27,17 +30,20 @@ def without_growth(state: MacroScalars, base_rate: jax.Array) -> MacroScalars:
     Args:
       state: what is known before this step.
       base_rate: the rate of the schedule at this step; negative if it is not known.
+      rule: has the bound of the macro rate.
     """
     is_found = state.phase == Phase.STEER
     top = jnp.where(is_found, jnp.maximum(state.top_rate, base_rate), base_rate)
     top = jnp.maximum(top, 0.0)
     is_held = is_found & (state.top_rate > 0.0)
-    factor = jnp.where(is_held, ratio(state.top_rate, top), 1.0)
+    old, new = (jnp.where(is_held, rate, 1.0) for rate in (state.top_rate, top))
+    ratios = as_vector([old, new]) / as_vector([new, old])  # one kernel
+    factor, growth = ratios[0], jnp.minimum(ratios[1], _MOST)
     # the rise stays what it was, and is in units of the square of the macro rate
-    unit = jnp.maximum(factor, _LEAST) ** 2
+    rise, error = state.avg_rise * growth**2, state.avg_rise_error * growth**2
     return state._replace(
-        macro_rate=state.macro_rate * factor,
+        macro_rate=jnp.maximum(state.macro_rate * factor, 1.0 / rule.max_rate),
         top_rate=top,
-        avg_rise=jnp.clip(state.avg_rise / unit, -LARGEST, LARGEST),
-        avg_rise_error=jnp.minimum(state.avg_rise_error / unit, LARGEST),
+        avg_rise=jnp.clip(rise, -LARGEST, LARGEST),
+        avg_rise_error=jnp.minimum(error, LARGEST),
     )

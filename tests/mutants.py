@@ -116,7 +116,7 @@ MUTANTS = (
     # warm_up: a schedule that grows on
     Mutant("warm_up", "jnp.maximum(state.top_rate, base_rate)", "base_rate"),
     Mutant("warm_up", "state.macro_rate * factor", "state.macro_rate"),
-    Mutant("warm_up", "state.avg_rise / unit", "state.avg_rise"),
+    Mutant("warm_up", "state.avg_rise * growth**2", "state.avg_rise"),
     Mutant("warm_up", "is_found & (state.top_rate > 0.0)", "state.top_rate > 0.0"),
     # moments and the micro level: a rate for each entry
     Mutant("moments", "jnp.exp(\n        before", "jnp.exp(\n        2.0 * before"),

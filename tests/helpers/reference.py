@@ -180,10 +180,11 @@ class MacroRate:
         `Audit` at the steps with an audit, a `Restart` where params go back to the
         start, and False at all others.
         """
+        if self.search:
+            self.hold(self.schedule(self.count))
+        self.count += 1
         if self.search and is_harmful:
             self.harm(getattr(audit, "reach", 0.0))
-        base_rate = self.schedule(self.count)
-        self.count += 1
         if verdict is None:
             loss_is_finite = value is None or math.isfinite(value)
             is_open = loss_is_finite and math.isfinite(global_norm(updates))
@@ -193,7 +194,6 @@ class MacroRate:
             self.num_macro_held += 1
             return np.zeros_like(params)
         if self.search:
-            self.hold(base_rate)
             self.has_value = value is not None
             if self.has_value and None in self.window[:1]:
                 self.window = []  # none of its steps had a loss

@@ -64,6 +64,7 @@ def test_a_leap_of_the_schedule_by_any_factor_keeps_all_finite():
     steps(found, 1e-30, 1e30, 1e36)
     leaves = jax.tree.leaves(found.state)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+    assert found.rate == 2.0**-40  # the least that a macro rate may be
 
 
 def test_the_schedule_of_a_run_that_was_adopted_is_trusted():
